@@ -1,0 +1,1 @@
+"""The machinery of the pipeline: the bus, the runner, the engines, presence, and the command line."""

@@ -1,0 +1,80 @@
+"""What a stage may ask of an engine. The SGLang adapter and the simulated engine both answer to it."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from subjects.codec import TokenIds
+from subjects.messages import (
+    FinishReason,
+    Load,
+    OutputOptions,
+    PositionLogprobs,
+    SamplingOptions,
+    StopConditions,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRequest:
+    """One choice of one request, as an engine takes it."""
+
+    rid: str  # unique in the engine, e.g. "<request_id>.<choice>.<attempt>"
+    token_ids: TokenIds  # u32[num_prompt_tokens]
+    stop: StopConditions
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOutput:
+    """A step of one choice: only what is new since the step before."""
+
+    token_ids: TokenIds  # u32[num_new_tokens]
+    text: str = ""  # new text; lags behind the tokens while a character is incomplete
+    logprobs: tuple[PositionLogprobs, ...] | None = None
+    finish_reason: FinishReason | None = None  # set on the last step only
+    matched_stop: int | str | None = None
+    cached_tokens: int = 0  # on the last step: prompt tokens found in the KV cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """Facts about a started engine, for its model card."""
+
+    name: str  # "sglang 0.5.21" or "simulated"
+    model_path: str
+    context_len_tokens: int
+    max_running_requests: int
+    max_prefill_tokens: int
+    kv_blocks: int
+    kv_block_tokens: int
+    disaggregation: Literal["aggregated", "prefill", "decode"] = "aggregated"
+    dp_size: int = 1
+    tp_size: int = 1
+    reasoning_parser: str | None = None
+    tool_call_parser: str | None = None
+
+
+class Engine(Protocol):
+    """An engine that has one event loop and lives as long as its process."""
+
+    async def start(self) -> EngineInfo:
+        """Load the model and be ready to generate. Raises EngineStartError with a sentence."""
+        ...
+
+    def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        """Stream one choice. The last output has a finish_reason.
+
+        Closing the iterator, or cancelling the task that reads it, aborts the request in the engine and
+        frees its KV. Raises InvalidRequest for what the engine refuses and EngineFailed for what it broke on.
+        """
+        ...
+
+    async def load(self) -> Load:
+        """What the engine is doing now."""
+        ...
+
+    async def close(self) -> None:
+        """End the engine and every process it started. Idempotent."""
+        ...

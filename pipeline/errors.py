@@ -1,0 +1,121 @@
+"""Every error of the pipeline, in one tree.
+
+    PipelineError
+    ├── Permanent               the request can never succeed: terminal error frame, then term
+    │   ├── InvalidRequest      400  a field is malformed, unknown or out of its limits
+    │   ├── UnknownModel        404  no such model here
+    │   ├── PayloadTooLarge     413  more bytes than a subject carries
+    │   ├── PromptTooLong       400  more prompt tokens than the model's context
+    │   ├── DeadlineExceeded    504  the deadline passed before the answer was whole
+    │   ├── Cancelled           499  by the client or an operator
+    │   ├── EngineFailed        500  the engine gave up on this request
+    │   └── AttemptsExhausted   500  handed out too often without an end
+    ├── Transient               may succeed later: nak with a delay
+    │   ├── Overloaded          429  a queue is full; carries retry_after_s
+    │   └── BusUnavailable      503  the broker cannot be reached or did not acknowledge in time
+    └── SetupError              a process cannot start: printed as a sentence, exit code 1
+        ├── ConfigError              a setting is unknown or out of range
+        ├── ProvisionError           a stream, consumer or bucket differs from its declaration
+        └── EngineStartError         the engine or its model cannot be loaded
+
+Each class has a stable `code`, an HTTP `status` and typed fields; `failure()` gives its wire form.
+"""
+
+from typing import ClassVar
+
+from subjects.messages import Failure
+
+
+class PipelineError(Exception):
+    """Base of all errors that the pipeline raises on purpose."""
+
+    code: ClassVar[str] = "internal"
+    status: ClassVar[int] = 500
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        size: float | None = None,
+        limit: float | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.field, self.size, self.limit, self.retry_after_s = field, size, limit, retry_after_s
+
+    def failure(self) -> Failure:
+        """The error as clients see it."""
+        return Failure(
+            code=self.code,
+            message=str(self),
+            status=self.status,
+            field=self.field,
+            size=self.size,
+            limit=self.limit,
+            retry_after_s=self.retry_after_s,
+        )
+
+
+class Permanent(PipelineError):
+    """The request can never succeed."""
+
+
+class InvalidRequest(Permanent):
+    code, status = "invalid_request", 400
+
+
+class UnknownModel(Permanent):
+    code, status = "unknown_model", 404
+
+
+class PayloadTooLarge(Permanent):
+    code, status = "payload_too_large", 413
+
+
+class PromptTooLong(Permanent):
+    code, status = "prompt_too_long", 400
+
+
+class DeadlineExceeded(Permanent):
+    code, status = "deadline_exceeded", 504
+
+
+class Cancelled(Permanent):
+    code, status = "cancelled", 499
+
+
+class EngineFailed(Permanent):
+    code, status = "engine_failed", 500
+
+
+class AttemptsExhausted(Permanent):
+    code, status = "attempts_exhausted", 500
+
+
+class Transient(PipelineError):
+    """May succeed later."""
+
+
+class Overloaded(Transient):
+    code, status = "overloaded", 429
+
+
+class BusUnavailable(Transient):
+    code, status = "bus_unavailable", 503
+
+
+class SetupError(PipelineError):
+    """A process cannot start."""
+
+
+class ConfigError(SetupError):
+    code = "config"
+
+
+class ProvisionError(SetupError):
+    code = "provision"
+
+
+class EngineStartError(SetupError):
+    code = "engine_start"

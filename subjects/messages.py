@@ -1,0 +1,313 @@
+"""Every message of the pipeline, in the order in which a request meets them.
+
+Fields are only ever added, with defaults, and an unknown field is ignored, so that workers of two
+releases can share one broker. Only `Request`, which people write by hand, refuses unknown fields.
+`tests/golden/` keeps one encoded sample of each message and release.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+
+from subjects.codec import NO_TOKENS, Format, TokenIds
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of the messages between our own processes."""
+
+
+# --- client -> preprocess ---------------------------------------------------------------------------
+
+
+class TextContent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    """A text part of a chat message."""
+
+    text: str
+
+
+class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | tuple[TextContent, ...]
+    name: str | None = None
+
+
+class JsonSchema(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    name: str
+    schema: dict[str, Any]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """OpenAI's structured output. `json_schema` is required with type "json_schema"."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Accepted as OpenAI's clients send it; the terminal frame carries the usage in any case."""
+
+    include_usage: bool = False
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a user publishes: OpenAI's chat or completion request, with SGLang's further sampling fields.
+
+    Give exactly one of `messages` and `prompt`. Limits stand in `subjects.limits`.
+    """
+
+    messages: tuple[ChatMessage, ...] | None = None
+    prompt: str | tuple[int, ...] | None = None  # text, or token ids int[num_prompt_tokens]
+    model: str | None = None  # if given, must name the subject's model
+    request_id: str | None = None  # [A-Za-z0-9_-]{1,64}; else Nats-Msg-Id, else the stream sequence
+    client: str | None = None  # else the header, else "anonymous"
+    deadline: float | None = None  # seconds since the Unix epoch; else the header
+    stream: bool = False  # False: one frame with the whole answer
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None  # OpenAI's newer name of max_tokens
+    min_tokens: int = 0
+    n: int = 1
+    stop: str | tuple[str, ...] | None = None
+    stop_token_ids: tuple[int, ...] | None = None
+    ignore_eos: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    logit_bias: dict[str, float] | None = None
+    logprobs: bool | int | None = None  # chat: bool; completion: number of alternatives
+    top_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    skip_special_tokens: bool = True
+    no_stop_trim: bool = False
+    user: str | None = None
+
+
+# --- preprocess -> decode ---------------------------------------------------------------------------
+
+
+class StopConditions(Message, frozen=True):
+    """When an output ends."""
+
+    max_tokens: int  # resolved: never more than the context leaves
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+class SamplingOptions(Message, frozen=True):
+    """How the next token is drawn. None leaves the engine's default."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    logit_bias: dict[str, float] | None = None
+    json_schema: str | None = None  # a JSON schema as text
+    regex: str | None = None
+    ebnf: str | None = None
+
+
+class OutputOptions(Message, frozen=True):
+    """What the frames carry beside tokens and text."""
+
+    stream: bool = True
+    logprobs: bool = False
+    top_logprobs: int = 0
+    skip_special_tokens: bool = True
+    no_stop_trim: bool = False
+
+
+class PreprocessedRequest(Message, frozen=True):
+    """A request as the engines take it: tokenized, validated, every default resolved."""
+
+    request_id: str
+    client: str
+    model: str
+    token_ids: TokenIds  # u32[num_prompt_tokens]
+    stop: StopConditions
+    sampling: SamplingOptions = SamplingOptions()
+    output: OutputOptions = OutputOptions()
+    choices: int = 1
+    deadline_unix_s: float | None = None
+    reply_format: Format = Format.MSGPACK
+    accepted_unix_s: float = 0.0  # when the broker stored the request
+
+
+# --- decode -> client -------------------------------------------------------------------------------
+
+
+class TokenLogprob(Message, frozen=True):
+    token_id: int
+    logprob: float
+    text: str | None = None
+
+
+class PositionLogprobs(Message, frozen=True):
+    """Log probabilities at one output position."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
+
+
+class Usage(Message, frozen=True, omit_defaults=False):
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0  # prompt tokens whose KV was already there
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+class Failure(Message, frozen=True):
+    """Why a request ended in an error. `code` is stable; see `pipeline.errors` for the tree."""
+
+    code: str
+    message: str
+    status: int  # the HTTP status a gateway answers with
+    field: str | None = None
+    size: float | None = None  # the offending value's size, in the unit of `limit`
+    limit: float | None = None
+    retry_after_s: float | None = None
+
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Frame(Message, frozen=True):
+    """A piece of one choice's output. The choice's last frame, and only that, has a `finish_reason`.
+
+    A reader keeps the highest attempt it has seen and drops tokens that it has: `index` says where
+    in the choice's output the first of `token_ids` stands.
+    """
+
+    request_id: str
+    choice: int = 0
+    attempt: int = 1  # how often the request was handed to a worker
+    index: int = 0
+    token_ids: TokenIds = NO_TOKENS  # u32[num_new_tokens]
+    text: str = ""
+    logprobs: tuple[PositionLogprobs, ...] | None = None  # one for each of token_ids
+    finish_reason: FinishReason | None = None
+    matched_stop: int | str | None = None  # the stop token or string that ended it
+    usage: Usage | None = None  # with finish_reason
+    error: Failure | None = None  # with finish_reason "error" or "abort"
+    worker: str | None = None  # on an attempt's first frame and on the last
+
+
+# --- control ----------------------------------------------------------------------------------------
+
+
+class Cancel(Message, frozen=True):
+    reason: str = "cancelled by the client"
+
+
+class ControlRequest(Message, frozen=True):
+    """An operator's command to one worker; `arguments` are the operation's own."""
+
+    arguments: dict[str, Any] = {}
+
+
+class ControlReply(Message, frozen=True):
+    ok: bool
+    result: dict[str, Any] = {}
+    error: Failure | None = None
+
+
+Role = Literal["preprocess", "decode", "prefill", "telemetry"]
+
+
+class ModelCard(Message, frozen=True):
+    """What a worker can serve, put in a KV bucket when its engine is ready."""
+
+    worker: str
+    role: Role
+    model: str  # the served name, a subject token
+    incarnation: str  # new at every start of the process
+    model_path: str
+    engine: str  # "sglang 0.5.21" or "simulated"
+    context_len_tokens: int
+    max_running_requests: int
+    max_prefill_tokens: int  # most tokens in one batch
+    kv_blocks: int
+    kv_block_tokens: int
+    disaggregation: Literal["aggregated", "prefill", "decode"] = "aggregated"
+    disaggregation_endpoint: str | None = None  # the bootstrap subject prefix of this worker
+    dp_size: int = 1
+    tp_size: int = 1
+    reasoning_parser: str | None = None
+    tool_call_parser: str | None = None
+    chat_template: str | None = None  # overrides the tokenizer's own
+    started_unix_s: float = 0.0
+
+
+class Load(Message, frozen=True):
+    """What an engine is doing now."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_tokens_used: int = 0
+    kv_tokens: int = 0
+
+
+class Heartbeat(Message, frozen=True):
+    worker: str
+    role: Role
+    incarnation: str
+    model: str | None = None  # None: serves every model
+    ready: bool = False
+    draining: bool = False
+    slots: int = 0  # most tasks at once
+    in_flight: int = 0
+    load: Load = Load()
+    sent_unix_s: float = 0.0
+
+
+class MetricSample(Message, frozen=True):
+    name: str
+    labels: dict[str, str]
+    value: float
+
+
+class MetricFamily(Message, frozen=True):
+    """One Prometheus series family, as `prometheus_client` collects it."""
+
+    name: str
+    help: str
+    type: str
+    samples: tuple[MetricSample, ...]
+
+
+class MetricsSnapshot(Message, frozen=True):
+    worker: str
+    role: Role
+    model: str | None = None
+    families: tuple[MetricFamily, ...] = ()
+
+
+class DeadLetter(Message, frozen=True):
+    stage: str
+    subject: str  # where the payload came from
+    stream_seq: int
+    attempts: int
+    error: Failure
+    payload: bytes
+    request_id: str | None = None
+    headers: dict[str, str] = {}
+    died_unix_s: float = 0.0

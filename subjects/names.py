@@ -1,0 +1,121 @@
+"""Every NATS subject of the pipeline, declared once. No dotted subject literal stands anywhere else.
+
+A `Subject` is a template whose variable parts come last; `of()` fills it, `any()` makes a wildcard for
+subscribing and `parse()` reads the parts back.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+TOKEN_CHARS_MAX: Final = 64
+ANONYMOUS_CLIENT: Final = "anonymous"
+_UNSAFE: Final = re.compile(r"[^A-Za-z0-9_-]")
+_PART: Final = re.compile(r"\{(\w+)\}")
+
+
+class Kind(StrEnum):
+    """How a subject travels."""
+
+    JETSTREAM = "JetStream"
+    CORE = "core"
+    CAPTURED = "core publish, captured by a stream"
+    SERVICE = "core request / reply"
+
+
+def token(name: str) -> str:
+    """A name made safe as one subject token: other characters than `[A-Za-z0-9_-]` become `-`.
+
+    >>> token("meta-llama/Llama-3.1-8B")
+    'meta-llama-Llama-3-1-8B'
+    """
+    if not name:
+        raise ValueError("a subject token cannot be empty")
+    return _UNSAFE.sub("-", name)[:TOKEN_CHARS_MAX]
+
+
+def is_token(name: str) -> bool:
+    """True where `name` can stand in a subject as it is."""
+    return 0 < len(name) <= TOKEN_CHARS_MAX and not _UNSAFE.search(name)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One kind of subject: where it goes, who speaks to whom on it, and what it carries."""
+
+    template: str
+    kind: Kind
+    flow: str  # "client -> preprocess"
+    payload: str  # class name in subjects.messages, or what else it carries
+    about: str
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(_PART.findall(self.template))
+
+    def of(self, **parts: str) -> str:
+        """The full subject. Every part is made a safe token; a missing part is our bug."""
+        return _PART.sub(lambda match: token(parts[match[1]]), self.template)
+
+    def any(self, **parts: str) -> str:
+        """The wildcard subject: parts not given become `*`."""
+        return _PART.sub(lambda match: token(parts[match[1]]) if match[1] in parts else "*", self.template)
+
+    def parse(self, subject: str) -> dict[str, str] | None:
+        """The parts of a subject of this kind; None where it is of another kind."""
+        names, values = self.template.split("."), subject.split(".")
+        if len(names) != len(values):
+            return None
+        found = {}
+        for name, value in zip(names, values, strict=True):
+            if match := _PART.fullmatch(name):
+                found[match[1]] = value
+            elif name != value:
+                return None
+        return found
+
+
+REQUESTS: Final = Subject(
+    "sglang.requests.{model}", Kind.JETSTREAM, "client -> preprocess", "Request",
+    "One OpenAI-shaped request; its PubAck is the promise of exactly one terminal frame per choice.",
+)
+DECODE_ANY: Final = Subject(
+    "sglang.decode.{model}.any", Kind.JETSTREAM, "preprocess -> decode", "PreprocessedRequest",
+    "A tokenized request for any decode worker of the model; the worker that pulls it owns it.",
+)
+DECODE_WORKER: Final = Subject(
+    "sglang.decode.{model}.w.{worker}", Kind.JETSTREAM, "preprocess -> decode", "PreprocessedRequest",
+    "A tokenized request offered to one decode worker first.",
+)
+RESPONSES: Final = Subject(
+    "sglang.responses.{client}.{request_id}", Kind.CAPTURED, "decode -> client", "Frame",
+    "Output frames in order; live subscribers get them at core speed, the stream keeps them for a resume.",
+)
+CANCEL: Final = Subject(
+    "sglang.cancel.{request_id}", Kind.CORE, "client -> whoever holds the request", "Cancel",
+    "Stop working on a request; its holder ends it with finish_reason \"abort\".",
+)
+HEARTBEAT: Final = Subject(
+    "sglang.heartbeat.{role}.{worker}", Kind.CORE, "worker -> everyone", "Heartbeat",
+    "Once a second: the worker lives, whether it takes work, and its load.",
+)
+METRICS: Final = Subject(
+    "sglang.metrics.{role}.{worker}", Kind.CORE, "worker -> telemetry", "MetricsSnapshot",
+    "Once a second: the worker's Prometheus series.",
+)
+CONTROL: Final = Subject(
+    "sglang.control.{worker}.{operation}", Kind.SERVICE, "operator -> worker", "ControlRequest",
+    "An operator's command, answered with a result or an error that says why.",
+)
+DEAD: Final = Subject(
+    "sglang.dead.{stage}.{model}", Kind.JETSTREAM, "any stage -> operator", "DeadLetter",
+    "Work given up: the payload as it came, the error and the number of attempts.",
+)
+
+ALL: Final[tuple[Subject, ...]] = (
+    REQUESTS, DECODE_ANY, DECODE_WORKER, RESPONSES, CANCEL, HEARTBEAT, METRICS, CONTROL, DEAD,
+)
+
+# Subjects that nats-server itself defines.
+MAX_DELIVERIES_ADVISORIES: Final = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>"

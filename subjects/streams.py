@@ -1,0 +1,121 @@
+"""Every JetStream stream, consumer and key-value bucket, as data."""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from subjects import limits, names
+from subjects.names import token
+
+MIB: Final = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """A stream's whole configuration. Times in seconds, 0: without limit."""
+
+    name: str
+    subjects: tuple[str, ...]
+    about: str
+    retention: Literal["limits", "workqueue"]
+    storage: Literal["file", "memory"]
+    discard: Literal["old", "new"]
+    max_bytes: int
+    max_age_s: float = 0
+    max_msgs_per_subject: int = 0
+    duplicate_window_s: float = limits.DEDUPE_S
+    max_msg_bytes: int = limits.PAYLOAD_BYTES_MAX + 4096  # payload and headers
+
+
+@dataclass(frozen=True)
+class ConsumerSpec:
+    """A durable pull consumer with explicit acks."""
+
+    name: str
+    stream: str
+    filter_subject: str | None
+    ack_wait_s: float = limits.LEASE_S
+    max_deliver: int = 4 * limits.ATTEMPTS_MAX  # a backstop: the runner gives up at ATTEMPTS_MAX
+    max_ack_pending: int = 65_536
+
+
+@dataclass(frozen=True)
+class BucketSpec:
+    """A key-value bucket, one value a key."""
+
+    name: str
+    about: str
+    storage: Literal["file", "memory"]
+    ttl_s: float = 0
+    max_bytes: int = 64 * MIB
+
+
+REQUESTS: Final = StreamSpec(
+    name="REQUESTS",
+    subjects=(names.REQUESTS.any(),),
+    about="Accepted requests, until a preprocess worker has passed them on.",
+    retention="workqueue",
+    storage="file",
+    discard="new",
+    max_bytes=4096 * MIB,
+    max_msgs_per_subject=100_000,
+)
+WORK: Final = StreamSpec(
+    name="WORK",
+    subjects=(names.DECODE_ANY.any(), names.DECODE_WORKER.any()),
+    about="Tokenized requests, until their owner has published the last frame.",
+    retention="workqueue",
+    storage="file",
+    discard="new",
+    max_bytes=4096 * MIB,
+    max_msgs_per_subject=100_000,
+)
+RESPONSES: Final = StreamSpec(
+    name="RESPONSES",
+    subjects=(names.RESPONSES.any(),),
+    about="Output frames, so that a client can resume a stream.",
+    retention="limits",
+    storage="memory",
+    discard="old",
+    max_bytes=1024 * MIB,
+    max_age_s=limits.RESPONSES_KEPT_S,
+)
+DEAD: Final = StreamSpec(
+    name="DEAD",
+    subjects=(names.DEAD.any(),),
+    about="Work that was given up, for an operator to look at, retry or drop.",
+    retention="limits",
+    storage="file",
+    discard="old",
+    max_bytes=1024 * MIB,
+    max_age_s=7 * 86_400,
+    max_msg_bytes=2 * limits.PAYLOAD_BYTES_MAX,
+)
+ADVISORIES: Final = StreamSpec(
+    name="ADVISORIES",
+    subjects=(names.MAX_DELIVERIES_ADVISORIES,),
+    about="The broker's own word of tasks that ran out of deliveries.",
+    retention="limits",
+    storage="file",
+    discard="old",
+    max_bytes=16 * MIB,
+    max_age_s=7 * 86_400,
+)
+STREAMS: Final = (REQUESTS, WORK, RESPONSES, DEAD, ADVISORIES)
+
+CARDS: Final = BucketSpec(
+    name="SGLANG_CARDS",
+    about="Model cards, key `<role>.<model>.<worker>`; a worker puts its card again every third of the ttl.",
+    storage="memory",
+    ttl_s=30,
+)
+BUCKETS: Final = (CARDS,)
+
+PREPROCESS: Final = ConsumerSpec(name="preprocess", stream=REQUESTS.name, filter_subject=None)
+CONSUMERS: Final = (PREPROCESS,)
+
+
+def decode_any(model: str) -> ConsumerSpec:
+    """The consumer that all decode workers of a model share."""
+    return ConsumerSpec(
+        name=f"decode-{token(model)}", stream=WORK.name, filter_subject=names.DECODE_ANY.of(model=model)
+    )
