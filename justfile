@@ -1,0 +1,44 @@
+# The commands of this project. Each starts with the set-up, which does nothing the second time.
+
+bin := justfile_directory() / ".venv/bin"
+
+# List the recipes
+default:
+    @just --list --unsorted
+
+# Make .venv with everything, from PyPI
+setup:
+    @sh infra/setup.sh
+
+# Start everything on this machine, ask one question, print the answer and its timing
+demo *args: setup
+    @{{bin}}/sglang-nats demo {{args}}
+
+# Start everything on this machine and keep it running
+up *args: setup
+    @{{bin}}/sglang-nats up {{args}}
+
+# Lint, then run every test
+test *args: check
+    {{bin}}/pytest {{args}}
+
+# Lint and check the formatting
+check: setup
+    {{bin}}/ruff check
+    {{bin}}/ruff format --check
+
+# Kill, freeze and starve the parts, and see that no request is lost
+faults *args: setup
+    {{bin}}/pytest tests/faults {{args}}
+
+# Write docs/subjects.md from the code
+subjects: setup
+    @{{bin}}/sglang-nats subjects
+
+# Pin the newest versions that fit, for both extras
+constraints: (pin "cpu") (pin "cuda")
+
+[private]
+pin extra: setup
+    {{bin}}/uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate --upgrade --group dev \
+        --extra {{extra}} --config-file infra/install/{{extra}}.toml -o infra/install/{{extra}}.txt pyproject.toml
