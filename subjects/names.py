@@ -77,44 +77,79 @@ class Subject:
 
 
 REQUESTS: Final = Subject(
-    "sglang.requests.{model}", Kind.JETSTREAM, "client -> preprocess", "Request",
+    "sglang.requests.{model}",
+    Kind.JETSTREAM,
+    "client -> preprocess",
+    "Request",
     "One OpenAI-shaped request; its PubAck is the promise of exactly one terminal frame per choice.",
 )
 DECODE_ANY: Final = Subject(
-    "sglang.decode.{model}.any", Kind.JETSTREAM, "preprocess -> decode", "PreprocessedRequest",
+    "sglang.decode.{model}.any",
+    Kind.JETSTREAM,
+    "preprocess -> decode",
+    "PreprocessedRequest",
     "A tokenized request for any decode worker of the model; the worker that pulls it owns it.",
 )
 DECODE_WORKER: Final = Subject(
-    "sglang.decode.{model}.w.{worker}", Kind.JETSTREAM, "preprocess -> decode", "PreprocessedRequest",
+    "sglang.decode.{model}.w.{worker}",
+    Kind.JETSTREAM,
+    "preprocess -> decode",
+    "PreprocessedRequest",
     "A tokenized request offered to one decode worker first.",
 )
 RESPONSES: Final = Subject(
-    "sglang.responses.{client}.{request_id}", Kind.CAPTURED, "decode -> client", "Frame",
+    "sglang.responses.{client}.{request_id}",
+    Kind.CAPTURED,
+    "decode -> client",
+    "Frame",
     "Output frames in order; live subscribers get them at core speed, the stream keeps them for a resume.",
 )
 CANCEL: Final = Subject(
-    "sglang.cancel.{request_id}", Kind.CORE, "client -> whoever holds the request", "Cancel",
-    "Stop working on a request; its holder ends it with finish_reason \"abort\".",
+    "sglang.cancel.{request_id}",
+    Kind.CORE,
+    "client -> whoever holds the request",
+    "Cancel",
+    'Stop working on a request; its holder ends it with finish_reason "abort".',
 )
 HEARTBEAT: Final = Subject(
-    "sglang.heartbeat.{role}.{worker}", Kind.CORE, "worker -> everyone", "Heartbeat",
+    "sglang.heartbeat.{role}.{worker}",
+    Kind.CORE,
+    "worker -> everyone",
+    "Heartbeat",
     "Once a second: the worker lives, whether it takes work, and its load.",
 )
 METRICS: Final = Subject(
-    "sglang.metrics.{role}.{worker}", Kind.CORE, "worker -> telemetry", "MetricsSnapshot",
+    "sglang.metrics.{role}.{worker}",
+    Kind.CORE,
+    "worker -> telemetry",
+    "MetricsSnapshot",
     "Once a second: the worker's Prometheus series.",
 )
 CONTROL: Final = Subject(
-    "sglang.control.{worker}.{operation}", Kind.SERVICE, "operator -> worker", "ControlRequest",
+    "sglang.control.{worker}.{operation}",
+    Kind.SERVICE,
+    "operator -> worker",
+    "ControlRequest",
     "An operator's command, answered with a result or an error that says why.",
 )
 DEAD: Final = Subject(
-    "sglang.dead.{stage}.{model}", Kind.JETSTREAM, "any stage -> operator", "DeadLetter",
+    "sglang.dead.{stage}.{model}",
+    Kind.JETSTREAM,
+    "any stage -> operator",
+    "DeadLetter",
     "Work given up: the payload as it came, the error and the number of attempts.",
 )
 
 ALL: Final[tuple[Subject, ...]] = (
-    REQUESTS, DECODE_ANY, DECODE_WORKER, RESPONSES, CANCEL, HEARTBEAT, METRICS, CONTROL, DEAD,
+    REQUESTS,
+    DECODE_ANY,
+    DECODE_WORKER,
+    RESPONSES,
+    CANCEL,
+    HEARTBEAT,
+    METRICS,
+    CONTROL,
+    DEAD,
 )
 
 # Subjects that nats-server itself defines.

@@ -1,0 +1,285 @@
+"""The runner: the only place that fetches tasks, keeps their leases, publishes emits and acks.
+
+What becomes of a task, in one table:
+
+| outcome of the stage              | answer to the client   | to JetStream                       |
+|-----------------------------------|------------------------|------------------------------------|
+| it finished                       | its own frames         | ack, after every PubAck            |
+| `Permanent`, deadline, cancelled  | terminal error frames  | ack                                |
+| `Transient`                       | none yet               | nak with a delay                   |
+| anything else                     | none yet               | nak; on the last attempt dead-letter, terminal error frames, ack |
+| the lease ran out                 | nothing                | nothing: another worker has the task |
+| the worker drains                 | none yet               | nak at once: another worker goes on |
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+import structlog
+
+from pipeline import metrics
+from pipeline.bus import Bus, Delivery, Puller
+from pipeline.cancel import Cancellations
+from pipeline.errors import (
+    AttemptsExhausted,
+    BusUnavailable,
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    Permanent,
+    PipelineError,
+    Transient,
+)
+from pipeline.lease import Lease, LeaseKeeper
+from pipeline.stage import Emit, Stage, Task
+from subjects import names
+from subjects.codec import decode, encode
+from subjects.limits import ATTEMPTS_MAX
+from subjects.messages import DeadLetter
+from subjects.streams import ConsumerSpec
+
+RETRY_S: Final = 1.0
+DRAIN_S: Final = 30.0
+
+log = structlog.get_logger()
+
+
+class LeaseLost(Exception):
+    """The task is another worker's by now."""
+
+
+class HandOver(Exception):
+    """The worker drains: another one is to go on with the task."""
+
+
+@dataclass(slots=True)
+class _Running:
+    """A task in progress, and why it is to stop if someone wants it to."""
+
+    job: asyncio.Task[None]
+    stop: Exception | None = None
+    settling: bool = False  # the stage is over and its outcome on the way to the broker
+
+    def end(self, why: Exception) -> None:
+        """Break the stage off; `why` decides the outcome. The first reason stands."""
+        if self.stop is None and not self.settling:
+            self.stop = why
+            self.job.cancel()
+
+
+class Runner:
+    """Runs one stage over one or more consumers until it is drained."""
+
+    def __init__(self, bus: Bus, leases: LeaseKeeper, cancellations: Cancellations, stage: Stage[Any]) -> None:
+        self._bus, self._leases, self._cancellations, self._stage = bus, leases, cancellations, stage
+        self._running: dict[str, _Running] = {}  # by ack subject
+        self._pullers: list[Puller] = []
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._running)
+
+    async def pull(self, consumer: ConsumerSpec, *, slots: int) -> None:
+        """Begin to take tasks: never more at once than `slots`."""
+        puller: Puller | None = None
+
+        def take(delivery: Delivery) -> None:
+            job = asyncio.create_task(self._work(delivery), name=f"{self._stage.name}.{delivery.stream_seq}")
+            self._running[delivery.ack_subject] = _Running(job)
+            self._idle.clear()
+            job.add_done_callback(lambda _: finish(delivery))
+
+        def finish(delivery: Delivery) -> None:
+            del self._running[delivery.ack_subject]
+            if not self._running:
+                self._idle.set()
+            assert puller is not None
+            puller.add_credit()
+
+        puller = await self._bus.pull(consumer, take, credit=slots)
+        self._pullers.append(puller)
+
+    async def drain(self, timeout_s: float = DRAIN_S) -> None:
+        """Take no more, let what runs finish, and hand over what is left at the end of `timeout_s`."""
+        for puller in self._pullers:
+            await puller.stop()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        for running in self._running.values():
+            running.end(HandOver())
+        await self._idle.wait()
+
+    async def _work(self, delivery: Delivery) -> None:
+        """One delivery, from its lease to its ack. Raises nothing."""
+        started_s = time.monotonic()
+        context = log.bind(
+            stage=self._stage.name,
+            subject=delivery.subject,
+            stream_seq=delivery.stream_seq,
+            attempt=delivery.attempt,
+        )
+        lease = self._leases.hold(delivery)
+        try:
+            outcome = await self._outcome(delivery, lease, context)
+        except BusUnavailable as error:
+            context.warning("task_left_to_redelivery", code=error.code)
+            outcome = "unsettled"
+        except Exception:
+            context.exception("runner_failed", code="internal")
+            outcome = "unsettled"
+        finally:
+            self._leases.release(lease)
+        if delivery.attempt > 1:
+            metrics.REDELIVERIES.labels(self._stage.name).inc()
+        metrics.STAGE_SECONDS.labels(self._stage.name, outcome).observe(time.monotonic() - started_s)
+
+    async def _outcome(self, delivery: Delivery, lease: Lease, context: Any) -> str:
+        """Run the stage and settle the delivery; the outcome's name, for the metrics."""
+        try:
+            task = self._read(delivery)
+        except InvalidRequest as error:
+            return await self._give_up(delivery, None, error, context)
+        try:
+            await self._run(task, delivery, lease)
+        except LeaseLost:
+            context.warning("lease_lost", code="lease_lost")
+            return "lease_lost"
+        except HandOver:
+            await self._bus.nak(delivery)
+            return "handed_over"
+        except Permanent as error:
+            context.info("task_ended_in_error", code=error.code)
+            return await self._answer(delivery, task, error)
+        except Transient as error:
+            if delivery.attempt >= ATTEMPTS_MAX:
+                return await self._give_up(delivery, task, error, context)
+            context.info("task_retried", code=error.code)
+            await self._bus.nak(delivery, delay_s=error.retry_after_s or RETRY_S)
+            return "retried"
+        except Exception as error:
+            context.exception("stage_failed", code=type(error).__name__)
+            if delivery.attempt >= ATTEMPTS_MAX:
+                return await self._give_up(delivery, task, _exhausted(delivery, error), context)
+            await self._bus.nak(delivery, delay_s=RETRY_S)
+            return "retried"
+        await self._bus.ack(delivery)
+        return "done"
+
+    async def _run(self, task: Task[Any], delivery: Delivery, lease: Lease) -> None:
+        """Run the stage to its end; raises what ended it early."""
+        running = self._running[delivery.ack_subject]
+        if delivery.attempt > ATTEMPTS_MAX:
+            raise _exhausted(delivery, None)
+        request_id = getattr(task.payload, "request_id", None)
+        try:
+            if request_id:
+                self._cancellations.watch(request_id, lambda reason: running.end(Cancelled(reason)))
+                if reason := self._cancellations.reason(request_id):
+                    raise Cancelled(reason)
+            async with _deadline(getattr(task.payload, "deadline_unix_s", None)):
+                async with contextlib.aclosing(self._stage.run(task)) as emits:
+                    async for emit in emits:
+                        if not lease.valid:
+                            raise LeaseLost
+                        await self._publish(emit)
+                        if emit.frame is not None and emit.frame.finish_reason:
+                            task.ended.add(emit.frame.choice)
+        except asyncio.CancelledError:
+            if running.stop is None:
+                raise
+            running.job.uncancel()
+            raise running.stop from None
+        finally:
+            running.settling = True
+            if request_id:
+                self._cancellations.unwatch(request_id)
+        if not lease.valid:
+            raise LeaseLost
+
+    def _read(self, delivery: Delivery) -> Task[Any]:
+        """The delivery as the stage's task. Raises InvalidRequest where the payload is not the stage's."""
+        payload: Any = delivery.payload
+        if self._stage.takes is not bytes:
+            try:
+                payload = decode(self._stage.takes, delivery.payload)
+            except msgspec.DecodeError as error:
+                raise InvalidRequest(f"not a {self._stage.takes.__name__}: {error}") from None
+        return Task(
+            payload=payload,
+            headers=delivery.headers or {},
+            subject=delivery.subject,
+            stream_seq=delivery.stream_seq,
+            attempt=delivery.attempt,
+            stored_unix_s=delivery.stored_unix_s,
+        )
+
+    async def _publish(self, emit: Emit) -> None:
+        if emit.msg_id is None:
+            await self._bus.publish(emit.subject, emit.payload, headers=emit.headers)
+        else:
+            await self._bus.publish_durable(emit.subject, emit.payload, msg_id=emit.msg_id, headers=emit.headers)
+        if emit.frame is not None and emit.frame.error is not None:
+            metrics.ERRORS.labels(emit.frame.error.code).inc()
+
+    async def _answer(self, delivery: Delivery, task: Task[Any], error: PipelineError) -> str:
+        """End the task's request with terminal error frames, then the task."""
+        await self._publish_all(self._stage.answer(task, error))
+        await self._bus.ack(delivery)
+        return error.code
+
+    async def _give_up(self, delivery: Delivery, task: Task[Any] | None, error: PipelineError, context: Any) -> str:
+        """Dead-letter a task that cannot be worked on, and answer its client if it is known."""
+        context.error("task_dead_lettered", code=error.code)
+        letter = DeadLetter(
+            stage=self._stage.name,
+            subject=delivery.subject,
+            stream_seq=delivery.stream_seq,
+            attempts=delivery.attempt,
+            error=error.failure(),
+            payload=delivery.payload,
+            request_id=getattr(task.payload, "request_id", None) if task else None,
+            headers=delivery.headers or {},
+            died_unix_s=time.time(),
+        )
+        subject = names.DEAD.of(stage=self._stage.name, model=delivery.subject.split(".")[2])
+        msg_id = f"dead.{delivery.stream}.{delivery.stream_seq}"
+        await self._bus.publish_durable(subject, encode(letter), msg_id=msg_id)
+        if task:
+            await self._publish_all(self._stage.answer(task, error))
+        await self._bus.ack(delivery)
+        return "dead"
+
+    async def _publish_all(self, emits: Iterable[Emit]) -> None:
+        for emit in emits:
+            await self._publish(emit)
+
+
+def _exhausted(delivery: Delivery, cause: Exception | None) -> AttemptsExhausted:
+    why = f"; the last error: {cause}" if cause else ""
+    return AttemptsExhausted(
+        f"handed to {delivery.attempt} workers without an end{why}", size=delivery.attempt, limit=ATTEMPTS_MAX
+    )
+
+
+@contextlib.asynccontextmanager
+async def _deadline(unix_s: float | None):
+    """Raises DeadlineExceeded when the wall clock passes `unix_s`."""
+    if unix_s is None:
+        yield
+        return
+    remaining_s = unix_s - time.time()
+    error = DeadlineExceeded("the request's deadline passed before its answer was whole", field="deadline")
+    if remaining_s <= 0:
+        raise error
+    try:
+        async with asyncio.timeout(remaining_s) as clock:
+            yield
+    except TimeoutError:
+        raise (error if clock.expired() else TimeoutError("a wait inside the stage ran out")) from None

@@ -1,0 +1,220 @@
+"""A worker: one process that runs one stage. It owns the connection, the leases, the engine and the end.
+
+The stage's module offers `async def serve(worker: Worker) -> None` under the entry-point group
+`sglang_nats.stages`, so that a new kind of consumer is one module and one line of packaging.
+"""
+
+import asyncio
+import signal
+import time
+import uuid
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from typing import Any
+
+import structlog
+import uvloop
+
+from pipeline import metrics
+from pipeline.bus import Bus
+from pipeline.cancel import Cancellations
+from pipeline.config import WorkerSettings
+from pipeline.engine.build import build_engine
+from pipeline.engine.protocol import Engine, EngineInfo
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.lease import LeaseKeeper
+from pipeline.presence import Announcer, Presence
+from pipeline.responses import StreamLog
+from pipeline.runner import Runner
+from pipeline.stage import Stage
+from subjects import names, streams
+from subjects.codec import encode
+from subjects.limits import HEARTBEAT_S
+from subjects.messages import Heartbeat, Load, MetricsSnapshot, ModelCard
+from subjects.streams import ConsumerSpec
+
+STAGES = "sglang_nats.stages"
+CONNECT_S_MAX = 30.0
+SLOTS_DEFAULT = 64
+"""Tasks at once for a stage without an engine."""
+
+log = structlog.get_logger()
+
+
+class Worker:
+    """What a stage's `serve` works with. Made, opened and closed by `run_worker`."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
+        self.name = settings.worker
+        self.incarnation = uuid.uuid4().hex[:12]
+        self.engine: Engine | None = None
+        self.info: EngineInfo | None = None
+        self.ready = False
+        self._draining = asyncio.Event()
+        self._load = Load()
+        self._runner: Runner | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def open(self) -> None:
+        """Connect, provision and begin to send heartbeats. Raises SetupError with a sentence."""
+        settings = self.settings
+        self.bus = await Bus.connect(settings.nats, name=self.name, timeout_s=CONNECT_S_MAX)
+        await self.bus.provision(streams.STREAMS, streams.CONSUMERS, streams.BUCKETS)
+        self.leases = LeaseKeeper(settings.nats, self.name)
+        await self.leases.start()
+        self.cancellations = Cancellations(self.bus)
+        await self.cancellations.start()
+        self.presence = Presence(self.bus)
+        await self.presence.start()
+        self.responses = StreamLog(self.bus)
+        self._announcer = Announcer(
+            self.bus, settings.role, self.name, settings.model, self.incarnation, self._heartbeat
+        )
+        await self._announcer.start()
+        self._tasks.append(asyncio.create_task(self._report(), name="metrics"))
+
+    @property
+    def model(self) -> str:
+        """The served model's name. Raises ConfigError for a role that needs one and has none."""
+        if not self.settings.model:
+            raise ConfigError(f"a {self.settings.role} worker needs a model: give --model NAME", field="model")
+        return names.token(self.settings.model)
+
+    @property
+    def slots(self) -> int:
+        """Most tasks at once."""
+        return self.settings.slots or (self.info.max_running_requests if self.info else SLOTS_DEFAULT)
+
+    async def start_engine(self) -> Engine:
+        """Start the engine that the settings name. Raises EngineStartError."""
+        started_s = time.monotonic()
+        self.engine = build_engine(self.settings)
+        self.info = await self.engine.start()
+        log.info("engine_started", model=self.model, duration_ms=round(1e3 * (time.monotonic() - started_s)))
+        self._tasks.append(asyncio.create_task(self._watch_load(), name="load"))
+        return self.engine
+
+    async def publish_card(self) -> None:
+        """Register the model: from now on its requests come here."""
+        assert self.info is not None, "the engine is started first"
+        info = self.info
+        card = ModelCard(
+            worker=self.name,
+            role=self.settings.role,  # type: ignore[arg-type]
+            model=self.model,
+            incarnation=self.incarnation,
+            model_path=info.model_path,
+            engine=info.name,
+            context_len_tokens=info.context_len_tokens,
+            max_running_requests=info.max_running_requests,
+            max_prefill_tokens=info.max_prefill_tokens,
+            kv_blocks=info.kv_blocks,
+            kv_block_tokens=info.kv_block_tokens,
+            disaggregation=info.disaggregation,
+            dp_size=info.dp_size,
+            tp_size=info.tp_size,
+            reasoning_parser=info.reasoning_parser,
+            tool_call_parser=info.tool_call_parser,
+            started_unix_s=time.time(),
+        )
+        await self._announcer.publish_card(card)
+
+    async def run(self, stage: Stage[Any], consumers: Sequence[ConsumerSpec], *, slots: int) -> None:
+        """Pull tasks for the stage until the worker is told to drain; returns when nothing is left."""
+        self._runner = Runner(self.bus, self.leases, self.cancellations, stage)
+        for consumer in consumers:
+            await self._runner.pull(consumer, slots=slots)
+        self.ready = True
+        log.info("worker_ready", worker=self.name, stage=stage.name, model=self.settings.model)
+        await self.until_drained()
+        await self._runner.drain()
+
+    async def until_drained(self) -> None:
+        """Wait until the worker is told to stop taking work."""
+        await self._draining.wait()
+
+    def drain(self) -> None:
+        """Take no more work; `run` returns when what is in flight is done or handed over."""
+        self.ready = False
+        self._draining.set()
+
+    async def close(self) -> None:
+        """End everything that `open` and `start_engine` began. Each step is bounded."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._announcer.close()
+        if self.engine:
+            await self.engine.close()
+        await self.leases.close()
+        await self.bus.close()
+
+    def _heartbeat(self) -> Heartbeat:
+        return Heartbeat(
+            worker=self.name,
+            role=self.settings.role,  # type: ignore[arg-type]
+            incarnation=self.incarnation,
+            model=self.settings.model,
+            ready=self.ready,
+            draining=self._draining.is_set(),
+            slots=self.slots,
+            in_flight=self._runner.in_flight if self._runner else 0,
+            load=self._load,
+            sent_unix_s=time.time(),
+        )
+
+    async def _watch_load(self) -> None:
+        assert self.engine is not None
+        while True:
+            self._load = await self.engine.load()
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def _report(self) -> None:
+        subject = names.METRICS.of(role=self.settings.role, worker=self.name)
+        while True:
+            metrics.IN_FLIGHT.labels(self.settings.role).set(self._runner.in_flight if self._runner else 0)
+            snapshot = MetricsSnapshot(
+                worker=self.name,
+                role=self.settings.role,  # type: ignore[arg-type]
+                model=self.settings.model,
+                families=metrics.snapshot(),
+            )
+            await self.bus.publish(subject, encode(snapshot))
+            await asyncio.sleep(HEARTBEAT_S)
+
+
+def run_worker(settings: WorkerSettings) -> int:
+    """Run a worker until it is told to stop; the process's exit code. Errors are printed as a sentence."""
+    try:
+        uvloop.run(_serve(settings))
+    except PipelineError as error:
+        log.error("worker_failed", worker=settings.worker, code=error.code, reason=str(error))
+        return 1
+    return 0
+
+
+async def _serve(settings: WorkerSettings) -> None:
+    """Find the stage, open a worker for it, and serve until a signal or the stage's own end."""
+    found = {point.name: point for point in entry_points(group=STAGES)}
+    if settings.role not in found:
+        raise ConfigError(f"no stage is called {settings.role!r}; there are {', '.join(sorted(found))}", field="role")
+    serve = found[settings.role].load()
+    worker = Worker(settings)
+    await worker.open()
+    serving = asyncio.create_task(serve(worker), name="serve")
+
+    def stop() -> None:
+        worker.drain()
+        if worker.engine is not None and worker.info is None:
+            serving.cancel()  # its engine still starts: there is nothing to finish
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    try:
+        await serving
+    except asyncio.CancelledError:
+        log.info("worker_stopped_early", worker=worker.name)
+    finally:
+        await worker.close()
+        log.info("worker_stopped", worker=worker.name)

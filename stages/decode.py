@@ -1,0 +1,176 @@
+"""Decode: own a request from its first token to its last frame.
+
+A task that comes again (its first worker died, or handed it over) goes on from the prompt and the tokens
+that the log already holds, so that the client sees one stream.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import aclosing
+
+import msgspec
+
+from pipeline import metrics
+from pipeline.engine.protocol import Engine, EngineOutput, EngineRequest
+from pipeline.errors import PipelineError
+from pipeline.responses import Progress, ResponseLog
+from pipeline.stage import Emit, Task, emit_frame, end_with_error, stage
+from pipeline.worker import Worker
+from subjects import streams
+from subjects.codec import NO_TOKENS
+from subjects.messages import Frame, PreprocessedRequest, Usage
+
+FRAMES_AHEAD_MAX = 16
+"""Frames of one choice that wait while another's are published."""
+
+
+def answer(task: Task[PreprocessedRequest], error: PipelineError) -> Iterable[Emit]:
+    """The terminal error frame of each choice that has none yet."""
+    for choice in range(task.payload.choices):
+        if choice not in task.ended:
+            yield end_with_error(task.payload, choice, error, task.attempt)
+
+
+@stage(name="decode", takes=PreprocessedRequest, answer=answer)
+async def decode(
+    task: Task[PreprocessedRequest], engine: Engine, responses: ResponseLog, worker: str
+) -> AsyncIterator[Emit]:
+    """Generate every choice and stream its frames; the order among choices is whatever comes first."""
+    request = task.payload
+    history = await responses.history(request) if task.attempt > 1 else None
+    outputs = []
+    for choice in range(request.choices):
+        so_far = history.of(choice) if history else Progress()
+        if so_far.end:
+            task.ended.add(choice)
+        else:
+            outputs.append(_choice(task, choice, so_far, engine, worker))
+    frames = outputs[0] if len(outputs) == 1 else _merge(outputs)
+    async with aclosing(frames):
+        async for frame in frames:
+            yield emit_frame(request.client, request.request_id, frame, request.reply_format)
+
+
+async def _choice(
+    task: Task[PreprocessedRequest], choice: int, so_far: Progress, engine: Engine, worker: str
+) -> AsyncIterator[Frame]:
+    """One choice's frames. Without streaming it is one frame that holds everything."""
+    request = task.payload
+    done = len(so_far.token_ids)
+    work = EngineRequest(
+        rid=f"{request.request_id}.{choice}.{task.attempt}",
+        token_ids=request.token_ids + so_far.token_ids,
+        stop=msgspec.structs.replace(
+            request.stop,
+            max_tokens=request.stop.max_tokens - done,
+            min_tokens=max(0, request.stop.min_tokens - done),
+        ),
+        sampling=request.sampling,
+        output=request.output,
+    )
+    step = _Steps(task, choice, done, worker)
+    async with aclosing(engine.generate(work)) as outputs:
+        async for output in outputs:
+            frame = step.frame(output)
+            if frame is not None:
+                yield frame
+
+
+class _Steps:
+    """Turns an engine's outputs for one choice into frames, and keeps count."""
+
+    def __init__(self, task: Task[PreprocessedRequest], choice: int, index: int, worker: str) -> None:
+        self._request, self._attempt = task.payload, task.attempt
+        self._choice, self._index, self._worker = choice, index, worker
+        self._started = False
+        self._held: list[EngineOutput] = []  # without streaming: all outputs until the last
+        self._clock = metrics.TokenClock(task.payload.accepted_unix_s)
+
+    def frame(self, output: EngineOutput) -> Frame | None:
+        self._clock.tick(len(output.token_ids))
+        if not self._request.output.stream:
+            self._held.append(output)
+            if output.finish_reason is None:
+                return None
+            output = _joined(self._held)
+        index, last = self._index, output.finish_reason is not None
+        self._index += len(output.token_ids)
+        frame = Frame(
+            request_id=self._request.request_id,
+            choice=self._choice,
+            attempt=self._attempt,
+            index=index,
+            token_ids=output.token_ids,
+            text=output.text,
+            logprobs=output.logprobs,
+            finish_reason=output.finish_reason,
+            matched_stop=output.matched_stop,
+            usage=self._usage(output) if last else None,
+            worker=self._worker if last or not self._started else None,
+        )
+        self._started = True
+        return frame
+
+    def _usage(self, last: EngineOutput) -> Usage:
+        usage = Usage(
+            prompt_tokens=len(self._request.token_ids),
+            completion_tokens=self._index,
+            cached_tokens=min(last.cached_tokens, len(self._request.token_ids)),
+        )
+        metrics.count_usage(usage)
+        return usage
+
+
+def _joined(outputs: list[EngineOutput]) -> EngineOutput:
+    """Many steps as one."""
+    last = outputs[-1]
+    with_logprobs = [output.logprobs for output in outputs if output.logprobs is not None]
+    return EngineOutput(
+        token_ids=sum((output.token_ids for output in outputs), NO_TOKENS),
+        text="".join(output.text for output in outputs),
+        logprobs=tuple(position for positions in with_logprobs for position in positions) or None,
+        finish_reason=last.finish_reason,
+        matched_stop=last.matched_stop,
+        cached_tokens=last.cached_tokens,
+    )
+
+
+async def _merge(iterators: list[AsyncIterator[Frame]]) -> AsyncIterator[Frame]:
+    """All iterators' frames as they come. The first failure ends the others and is raised."""
+    queue: asyncio.Queue[Frame | Exception | None] = asyncio.Queue(FRAMES_AHEAD_MAX * max(1, len(iterators)))
+
+    async def pump(iterator: AsyncIterator[Frame]) -> None:
+        async with aclosing(iterator) as frames:
+            async for frame in frames:
+                await queue.put(frame)
+
+    async def pump_all() -> None:
+        end = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                for iterator in iterators:
+                    group.create_task(pump(iterator))
+        except ExceptionGroup as failures:
+            end = failures.exceptions[0]
+        await queue.put(end)
+
+    pumps = asyncio.create_task(pump_all())
+    try:
+        while (item := await queue.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        pumps.cancel()
+        await asyncio.gather(pumps, return_exceptions=True)
+
+
+async def serve(worker: Worker) -> None:
+    """Start the engine, publish the model card, and own requests until the worker drains."""
+    engine = await worker.start_engine()
+    model = worker.model
+    consumer = streams.decode_any(model)
+    await worker.bus.ensure_consumer(consumer)
+    await worker.publish_card()
+    bound = decode.bind(engine=engine, responses=worker.responses, worker=worker.name)
+    await worker.run(bound, [consumer], slots=worker.slots)
