@@ -21,7 +21,7 @@ else
 fi
 settings=infra/install/$extra.toml pins=infra/install/$extra.txt
 
-wanted="$extra $PWD $("$python" -V) $(cat pyproject.toml infra/setup.sh "$settings" "$pins" | cksum)"
+wanted="$extra $PWD $(cat pyproject.toml infra/setup.sh "$settings" "$pins" | cksum)"
 [ "$wanted" != "$(cat .venv/installed 2>/dev/null)" ] || exit 0
 
 echo "setup: installing into .venv with the extra '$extra' (once; about 2 GB on disk with a CPU build of torch)"
