@@ -2,14 +2,14 @@
 
 What becomes of a task, in one table:
 
-| outcome of the stage              | answer to the client   | to JetStream                       |
-|-----------------------------------|------------------------|------------------------------------|
-| it finished                       | its own frames         | ack, after every PubAck            |
-| `Permanent`, deadline, cancelled  | terminal error frames  | ack                                |
-| `Transient`                       | none yet               | nak with a delay                   |
-| anything else                     | none yet               | nak; on the last attempt dead-letter, terminal error frames, ack |
-| the lease ran out                 | nothing                | nothing: another worker has the task |
-| the worker drains                 | none yet               | nak at once: another worker goes on |
+| outcome of the stage             | answer to the client  | to JetStream                          |
+|----------------------------------|-----------------------|---------------------------------------|
+| it finished                      | its own frames        | ack, after every PubAck               |
+| `Permanent`, deadline, cancelled | terminal error frames | ack                                   |
+| `Transient`, anything else       | none yet              | nak with a delay                      |
+| the same on the last attempt     | terminal error frames | a dead letter, then ack               |
+| the lease ran out                | nothing               | nothing: another worker has the task  |
+| the worker drains                | none yet              | nak at once: another worker goes on   |
 """
 
 import asyncio
@@ -40,7 +40,7 @@ from pipeline.stage import Emit, Stage, Task
 from subjects import names
 from subjects.codec import decode, encode
 from subjects.limits import ATTEMPTS_MAX
-from subjects.messages import DeadLetter
+from subjects.messages import DeadLetter, Work
 from subjects.streams import ConsumerSpec
 
 RETRY_S: Final = 1.0
@@ -177,20 +177,19 @@ class Runner:
         running = self._running[delivery.ack_subject]
         if delivery.attempt > ATTEMPTS_MAX:
             raise _exhausted(delivery, None)
-        request_id = getattr(task.payload, "request_id", None)
+        request_id, deadline_unix_s = _identity(task)
         try:
             if request_id:
                 self._cancellations.watch(request_id, lambda reason: running.end(Cancelled(reason)))
                 if reason := self._cancellations.reason(request_id):
                     raise Cancelled(reason)
-            async with _deadline(getattr(task.payload, "deadline_unix_s", None)):
-                async with contextlib.aclosing(self._stage.run(task)) as emits:
-                    async for emit in emits:
-                        if not lease.valid:
-                            raise LeaseLost
-                        await self._publish(emit)
-                        if emit.frame is not None and emit.frame.finish_reason:
-                            task.ended.add(emit.frame.choice)
+            async with _deadline(deadline_unix_s), contextlib.aclosing(self._stage.run(task)) as emits:
+                async for emit in emits:
+                    if not lease.valid:
+                        raise LeaseLost
+                    await self._publish(emit)
+                    if emit.frame is not None and emit.frame.finish_reason:
+                        task.ended.add(emit.frame.choice)
         except asyncio.CancelledError:
             if running.stop is None:
                 raise
@@ -244,7 +243,7 @@ class Runner:
             attempts=delivery.attempt,
             error=error.failure(),
             payload=delivery.payload,
-            request_id=getattr(task.payload, "request_id", None) if task else None,
+            request_id=_identity(task)[0] if task else None,
             headers=delivery.headers or {},
             died_unix_s=time.time(),
         )
@@ -259,6 +258,12 @@ class Runner:
     async def _publish_all(self, emits: Iterable[Emit]) -> None:
         for emit in emits:
             await self._publish(emit)
+
+
+def _identity(task: Task[Any]) -> tuple[str | None, float | None]:
+    """The request's id and deadline; None for both where the stage itself reads them from its payload."""
+    work = task.payload
+    return (work.request_id, work.deadline_unix_s) if isinstance(work, Work) else (None, None)
 
 
 def _exhausted(delivery: Delivery, cause: Exception | None) -> AttemptsExhausted:

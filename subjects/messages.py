@@ -133,10 +133,16 @@ class OutputOptions(Message, frozen=True):
     no_stop_trim: bool = False
 
 
-class PreprocessedRequest(Message, frozen=True):
-    """A request as the engines take it: tokenized, validated, every default resolved."""
+class Work(Message, frozen=True):
+    """What every task for a worker says about the request it belongs to."""
 
     request_id: str
+    deadline_unix_s: float | None = None
+
+
+class PreprocessedRequest(Work, frozen=True):
+    """A request as the engines take it: tokenized, validated, every default resolved."""
+
     client: str
     model: str
     token_ids: TokenIds  # u32[num_prompt_tokens]
@@ -144,7 +150,6 @@ class PreprocessedRequest(Message, frozen=True):
     sampling: SamplingOptions = SamplingOptions()
     output: OutputOptions = OutputOptions()
     choices: int = 1
-    deadline_unix_s: float | None = None
     reply_format: Format = Format.MSGPACK
     accepted_unix_s: float = 0.0  # when the broker stored the request
 
