@@ -1,0 +1,53 @@
+"""The log: one event a line on standard error, JSON for machines, coloured where a person looks on.
+
+An event is a name in the past tense (`worker_ready`) and values under the closed set `KEYS`; a test holds every
+call to it. Prompts and outputs are never logged.
+"""
+
+import logging
+import sys
+from typing import Final, Literal
+
+import structlog
+
+Level = Literal["debug", "info", "warning", "error"]
+
+KEYS: Final = frozenset(
+    {
+        "request_id",
+        "client",
+        "model",
+        "role",
+        "stage",
+        "worker",
+        "subject",
+        "stream",
+        "stream_seq",
+        "consumer",
+        "attempt",
+        "room",
+        "code",  # a stable error code, or an exception's class name
+        "reason",  # a sentence
+        "url",
+        "duration_ms",
+    }
+)
+
+
+def configure(level: Level = "info") -> None:
+    """Set up the process's log, the standard library's included. Call once, before the first event."""
+    number = logging.getLevelNamesMapping()[level.upper()]
+    person = sys.stderr.isatty()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *([] if person else [structlog.processors.dict_tracebacks]),
+            structlog.dev.ConsoleRenderer() if person else structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    logging.basicConfig(level=max(number, logging.WARNING), stream=sys.stderr)

@@ -1,0 +1,111 @@
+"""Every Prometheus series of a process, declared once, and their snapshot as it travels on NATS.
+
+A process does not serve HTTP: it publishes a `MetricsSnapshot` once a second, and telemetry workers offer
+all of them under one `/metrics` with the labels `role` and `worker` added. Labels here are closed sets (stages,
+outcomes, error codes), never ids.
+"""
+
+import time
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+
+from subjects.messages import MetricFamily, MetricSample, Usage
+
+PREFIX: Final = "sglang_nats"
+
+REGISTRY: Final = CollectorRegistry()
+ProcessCollector(namespace=PREFIX, registry=REGISTRY)
+
+STAGE_SECONDS: Final = Histogram(
+    "stage_seconds",
+    "Time from a task's delivery to its ack, by outcome: done, retried, handed_over, dead, or an error code.",
+    ("stage", "outcome"),
+    namespace=PREFIX,
+    registry=REGISTRY,
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
+)
+IN_FLIGHT: Final = Gauge("in_flight", "Tasks in progress.", ("stage",), namespace=PREFIX, registry=REGISTRY)
+REDELIVERIES: Final = Counter(
+    "redeliveries",
+    "Tasks that came again: their first worker died, froze, drained or gave them back.",
+    ("stage",),
+    namespace=PREFIX,
+    registry=REGISTRY,
+)
+ERRORS: Final = Counter(
+    "errors", "Terminal error frames, by error code.", ("code",), namespace=PREFIX, registry=REGISTRY
+)
+TTFT_SECONDS: Final = Histogram(
+    "ttft_seconds",
+    "Time from the broker's acceptance of a request to a choice's first token.",
+    namespace=PREFIX,
+    registry=REGISTRY,
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 4, 8, 15, 30, 60, 300),
+)
+ITL_SECONDS: Final = Histogram(
+    "itl_seconds",
+    "Inter-token latency: the time between one token of a choice and the next.",
+    namespace=PREFIX,
+    registry=REGISTRY,
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5),
+)
+PROMPT_TOKENS: Final = Counter(
+    "prompt_tokens", "Prompt tokens of finished choices.", namespace=PREFIX, registry=REGISTRY
+)
+CACHED_TOKENS: Final = Counter(
+    "cached_tokens", "Those prompt tokens whose KV was already there.", namespace=PREFIX, registry=REGISTRY
+)
+COMPLETION_TOKENS: Final = Counter(
+    "completion_tokens", "Tokens generated for finished choices.", namespace=PREFIX, registry=REGISTRY
+)
+
+
+class TokenClock:
+    """Times one choice's tokens: TTFT from the request's acceptance, then ITL from token to token."""
+
+    def __init__(self, accepted_unix_s: float) -> None:
+        """`accepted_unix_s` 0: the acceptance is not known, so TTFT is not observed."""
+        self._accepted_unix_s = accepted_unix_s
+        self._last_s: float | None = None
+
+    def tick(self, num_new_tokens: int) -> None:
+        """Tokens have come just now. Several at once share the time since the last ones equally."""
+        if not num_new_tokens:
+            return
+        now_s = time.monotonic()
+        if self._last_s is not None:
+            self._observe(ITL_SECONDS, (now_s - self._last_s) / num_new_tokens, num_new_tokens)
+        elif self._accepted_unix_s:
+            # Two machines' clocks: a skew must not put a negative time into the sum.
+            TTFT_SECONDS.observe(max(0.0, time.time() - self._accepted_unix_s))
+        self._last_s = now_s
+
+    @staticmethod
+    def _observe(series: Histogram, seconds: float, times: int) -> None:
+        for _ in range(times):
+            series.observe(seconds)
+
+
+def count_usage(usage: Usage) -> None:
+    """Count a finished choice's tokens."""
+    PROMPT_TOKENS.inc(usage.prompt_tokens)
+    CACHED_TOKENS.inc(usage.cached_tokens)
+    COMPLETION_TOKENS.inc(usage.completion_tokens)
+
+
+def snapshot(registry: CollectorRegistry = REGISTRY) -> tuple[MetricFamily, ...]:
+    """All series as they stand, for a `MetricsSnapshot`; without the `_created` times, which double its size."""
+    return tuple(
+        MetricFamily(
+            name=family.name,
+            help=family.documentation,
+            type=family.type,
+            samples=tuple(
+                MetricSample(name=sample.name, labels=dict(sample.labels), value=sample.value)
+                for sample in family.samples
+                if not sample.name.endswith("_created")
+            ),
+        )
+        for family in registry.collect()
+    )
