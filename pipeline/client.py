@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from pipeline.bus import Bus, Received, Subscription
 from pipeline.errors import DeadlineExceeded
-from pipeline.responses import Progress
+from pipeline.progress import Progress
 from subjects import headers, names
 from subjects.codec import decode, encode
 from subjects.limits import REQUEST_S_DEFAULT

@@ -13,7 +13,8 @@ import msgspec
 from pipeline import metrics
 from pipeline.engine.protocol import Engine, EngineOutput, EngineRequest
 from pipeline.errors import PipelineError
-from pipeline.responses import Progress, ResponseLog
+from pipeline.progress import Progress
+from pipeline.responses import ResponseLog
 from pipeline.stage import Emit, Task, emit_frame, end_with_error, stage
 from pipeline.worker import Worker
 from subjects import streams

@@ -96,7 +96,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 # --- preprocess -> decode ---------------------------------------------------------------------------
 
 
-class StopConditions(Message, frozen=True):
+class StopConditions(Message, frozen=True, kw_only=True):
     """When an output ends."""
 
     max_tokens: int  # resolved: never more than the context leaves
@@ -106,7 +106,7 @@ class StopConditions(Message, frozen=True):
     ignore_eos: bool = False
 
 
-class SamplingOptions(Message, frozen=True):
+class SamplingOptions(Message, frozen=True, kw_only=True):
     """How the next token is drawn. None leaves the engine's default."""
 
     temperature: float | None = None
@@ -123,7 +123,7 @@ class SamplingOptions(Message, frozen=True):
     ebnf: str | None = None
 
 
-class OutputOptions(Message, frozen=True):
+class OutputOptions(Message, frozen=True, kw_only=True):
     """What the frames carry beside tokens and text."""
 
     stream: bool = True
@@ -133,14 +133,14 @@ class OutputOptions(Message, frozen=True):
     no_stop_trim: bool = False
 
 
-class Work(Message, frozen=True):
+class Work(Message, frozen=True, kw_only=True):
     """What every task for a worker says about the request it belongs to."""
 
     request_id: str
     deadline_unix_s: float | None = None
 
 
-class PreprocessedRequest(Work, frozen=True):
+class PreprocessedRequest(Work, frozen=True, kw_only=True):
     """A request as the engines take it: tokenized, validated, every default resolved."""
 
     client: str
@@ -157,20 +157,20 @@ class PreprocessedRequest(Work, frozen=True):
 # --- decode -> client -------------------------------------------------------------------------------
 
 
-class TokenLogprob(Message, frozen=True):
+class TokenLogprob(Message, frozen=True, kw_only=True):
     token_id: int
     logprob: float
     text: str | None = None
 
 
-class PositionLogprobs(Message, frozen=True):
+class PositionLogprobs(Message, frozen=True, kw_only=True):
     """Log probabilities at one output position."""
 
     chosen: TokenLogprob
     top: tuple[TokenLogprob, ...] = ()
 
 
-class Usage(Message, frozen=True, omit_defaults=False):
+class Usage(Message, frozen=True, kw_only=True, omit_defaults=False):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0  # prompt tokens whose KV was already there
@@ -180,7 +180,7 @@ class Usage(Message, frozen=True, omit_defaults=False):
         return self.prompt_tokens + self.completion_tokens
 
 
-class Failure(Message, frozen=True):
+class Failure(Message, frozen=True, kw_only=True):
     """Why a request ended in an error. `code` is stable; see `pipeline.errors` for the tree."""
 
     code: str
@@ -195,7 +195,7 @@ class Failure(Message, frozen=True):
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
-class Frame(Message, frozen=True):
+class Frame(Message, frozen=True, kw_only=True):
     """A piece of one choice's output. The choice's last frame, and only that, has a `finish_reason`.
 
     A reader keeps the highest attempt it has seen and drops tokens that it has: `index` says where
@@ -219,17 +219,17 @@ class Frame(Message, frozen=True):
 # --- control ----------------------------------------------------------------------------------------
 
 
-class Cancel(Message, frozen=True):
+class Cancel(Message, frozen=True, kw_only=True):
     reason: str = "cancelled by the client"
 
 
-class ControlRequest(Message, frozen=True):
+class ControlRequest(Message, frozen=True, kw_only=True):
     """An operator's command to one worker; `arguments` are the operation's own."""
 
     arguments: dict[str, Any] = {}
 
 
-class ControlReply(Message, frozen=True):
+class ControlReply(Message, frozen=True, kw_only=True):
     ok: bool
     result: dict[str, Any] = {}
     error: Failure | None = None
@@ -238,7 +238,7 @@ class ControlReply(Message, frozen=True):
 Role = Literal["preprocess", "decode", "prefill", "telemetry"]
 
 
-class ModelCard(Message, frozen=True):
+class ModelCard(Message, frozen=True, kw_only=True):
     """What a worker can serve, put in a KV bucket when its engine is ready."""
 
     worker: str
@@ -262,7 +262,7 @@ class ModelCard(Message, frozen=True):
     started_unix_s: float = 0.0
 
 
-class Load(Message, frozen=True):
+class Load(Message, frozen=True, kw_only=True):
     """What an engine is doing now."""
 
     running: int = 0
@@ -271,7 +271,7 @@ class Load(Message, frozen=True):
     kv_tokens: int = 0
 
 
-class Heartbeat(Message, frozen=True):
+class Heartbeat(Message, frozen=True, kw_only=True):
     worker: str
     role: Role
     incarnation: str
@@ -284,13 +284,13 @@ class Heartbeat(Message, frozen=True):
     sent_unix_s: float = 0.0
 
 
-class MetricSample(Message, frozen=True):
+class MetricSample(Message, frozen=True, kw_only=True):
     name: str
     labels: dict[str, str]
     value: float
 
 
-class MetricFamily(Message, frozen=True):
+class MetricFamily(Message, frozen=True, kw_only=True):
     """One Prometheus series family, as `prometheus_client` collects it."""
 
     name: str
@@ -299,14 +299,14 @@ class MetricFamily(Message, frozen=True):
     samples: tuple[MetricSample, ...]
 
 
-class MetricsSnapshot(Message, frozen=True):
+class MetricsSnapshot(Message, frozen=True, kw_only=True):
     worker: str
     role: Role
     model: str | None = None
     families: tuple[MetricFamily, ...] = ()
 
 
-class DeadLetter(Message, frozen=True):
+class DeadLetter(Message, frozen=True, kw_only=True):
     stage: str
     subject: str  # where the payload came from
     stream_seq: int

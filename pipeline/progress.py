@@ -1,0 +1,46 @@
+"""How far a request's output has come, for whoever reads its frames: a client, or the next owner."""
+
+from dataclasses import dataclass, field
+
+from subjects.codec import NO_TOKENS, TokenIds
+from subjects.messages import Frame
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far one choice has come."""
+
+    token_ids: TokenIds = NO_TOKENS  # u32[num_emitted_tokens], without gap or repeat
+    text: str = ""
+    end: Frame | None = None
+    attempt: int = 0
+
+    def add(self, frame: Frame) -> Frame | None:
+        """Take a frame in; gives the part of it that is new, None where nothing is.
+
+        A frame of an older attempt, one that starts behind a gap and any after the end bring nothing new:
+        their sender had lost its lease, or a later attempt repeats what is missing. The terminal frame of
+        any attempt ends the choice, for JetStream keeps only the first.
+        """
+        have = len(self.token_ids)
+        late = frame.attempt < self.attempt or frame.index > have
+        if self.end is not None or (late and frame.finish_reason is None):
+            return None
+        self.attempt = max(self.attempt, frame.attempt)
+        repeated = have - frame.index
+        if repeated > 0 and not frame.finish_reason and repeated >= len(frame.token_ids):
+            return None
+        self.token_ids += frame.token_ids[repeated:] if repeated else frame.token_ids
+        self.text += frame.text
+        self.end = frame if frame.finish_reason else None
+        return frame
+
+
+@dataclass(slots=True)
+class History:
+    """How far each choice of a request has come."""
+
+    choices: dict[int, Progress] = field(default_factory=dict)
+
+    def of(self, choice: int) -> Progress:
+        return self.choices.setdefault(choice, Progress())
