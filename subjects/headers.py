@@ -10,6 +10,24 @@ DEADLINE: Final = "Sglang-Deadline"
 TRACEPARENT: Final = "traceparent"
 """W3C trace context; copied to every hop and frame."""
 
+# Set by the engines on handshake messages (`sglang.bootstrap.>`).
+HANDSHAKE_FROM: Final = "Sglang-From"
+"""The sending rank: `<worker>.<incarnation>.<rank>`."""
+HANDSHAKE_SEQ: Final = "Sglang-Seq"
+"""`<seq>/<base>`: the message's place in its sender's row to this rank, and the oldest one not given up."""
+HANDSHAKE_PART: Final = "Sglang-Part"
+"""`<part>/<parts>` of a message too large for one payload."""
+HANDSHAKE_PAGES: Final = "Sglang-Pages"
+"""KV pages that a room moves."""
+HANDSHAKE_BYTES: Final = "Sglang-Bytes"
+"""KV bytes that a room moves."""
+HANDSHAKE_SENT: Final = "Sglang-Sent"
+"""When the message was first sent: microseconds since the Unix epoch."""
+HANDSHAKE_US: Final = "Sglang-Microseconds"
+"""On a receipt: from sending to receiving; on a success status: from transfer message to the end of the KV write."""
+HANDSHAKE_STATUS: Final = "Sglang-Status"
+"""On a status that only reports: `success`."""
+
 # Defined by NATS.
 MSG_ID: Final = "Nats-Msg-Id"
 """JetStream drops a second message with the same id inside the stream's duplicate window."""
@@ -19,5 +37,13 @@ ALL: Final[dict[str, str]] = {
     DEADLINE: "client -> preprocess: absolute deadline, seconds since the Unix epoch; past it the request is answered "
     "with `deadline_exceeded`",
     TRACEPARENT: "W3C trace context, copied to every hop and frame",
+    HANDSHAKE_FROM: "handshake: the sending rank, `<worker>.<incarnation>.<rank>`",
+    HANDSHAKE_SEQ: "handshake: `<seq>/<base>`, the place in the sender's row and the oldest message not given up",
+    HANDSHAKE_PART: "handshake: `<part>/<parts>` of a message too large for one payload",
+    HANDSHAKE_PAGES: "handshake: KV pages that a room moves",
+    HANDSHAKE_BYTES: "handshake: KV bytes that a room moves",
+    HANDSHAKE_SENT: "handshake: when first sent, microseconds since the Unix epoch",
+    HANDSHAKE_US: "handshake: on a receipt, from sending to receiving; on a success status, until the KV was written",
+    HANDSHAKE_STATUS: "handshake: on a status that only reports, `success`",
     MSG_ID: "request id of a request that names none; `<request_id>.<choice>.end` on terminal frames",
 }

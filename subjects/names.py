@@ -132,6 +132,10 @@ CONTROL: Final = Subject(
     "ControlRequest",
     "An operator's command, answered with a result or an error that says why.",
 )
+BOOTSTRAP: Final = Subject(
+    "sglang.bootstrap.{worker}.{rank}.{operation}.{room}", Kind.CORE, "prefill <-> decode engines", "SGLang's frames",
+    "The handshake of a KV transfer: register, transfer, status, abort, abort_ack, ping, receipt.",
+)
 DEAD: Final = Subject(
     "sglang.dead.{stage}.{model}",
     Kind.JETSTREAM,
@@ -154,3 +158,15 @@ ALL: Final[tuple[Subject, ...]] = (
 
 # Subjects that nats-server itself defines.
 MAX_DELIVERIES_ADVISORIES: Final = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>"
+JS_API: Final = "$JS.API"
+JS_ACK: Final = "$JS.ACK"
+KV: Final = "$KV"
+
+
+def card_key(role: str, model: str | None, worker: str) -> str:
+    """A worker's key in the bucket of model cards; a worker that serves every model has the model `_`.
+
+    >>> card_key("decode", "smollm2", "w1")
+    'decode.smollm2.w1'
+    """
+    return f"{token(role)}.{token(model or '_')}.{token(worker)}"

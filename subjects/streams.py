@@ -108,7 +108,13 @@ CARDS: Final = BucketSpec(
     storage="memory",
     ttl_s=30,
 )
-BUCKETS: Final = (CARDS,)
+ROUTES: Final = BucketSpec(
+    name="SGLANG_ROUTES",
+    about="The ranks of prefill workers, key `<worker>.<incarnation>.<rank>`; put again every third of the ttl.",
+    storage="memory",
+    ttl_s=30,
+)
+BUCKETS: Final = (CARDS, ROUTES)
 
 PREPROCESS: Final = ConsumerSpec(name="preprocess", stream=REQUESTS.name, filter_subject=None)
 CONSUMERS: Final = (PREPROCESS,)

@@ -1,0 +1,41 @@
+"""Where an engine's handshake goes: set by the worker, read in every process that SGLang starts."""
+
+import os
+from collections.abc import Mapping
+from typing import Final, Literal
+
+import msgspec
+
+from pipeline.errors import EngineStartError
+from subjects.names import is_token
+
+ENVIRONMENT: Final = "SGLANG_NATS_HANDSHAKE"
+"""Environment variable with the settings as JSON; its absence leaves SGLang's own control plane in place."""
+
+
+class HandshakeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One engine's place on the bus. Spawned scheduler processes inherit it through the environment."""
+
+    url: str  # of the broker, credentials included
+    worker: str  # a subject token, unique among live workers
+    incarnation: str  # a subject token, new at every start of the worker
+    role: Literal["prefill", "decode"]
+
+    def to_environment(self) -> dict[str, str]:
+        """What to add to `os.environ` before the engine starts."""
+        return {ENVIRONMENT: msgspec.json.encode(self).decode()}
+
+
+def from_environment(environ: Mapping[str, str] = os.environ) -> HandshakeSettings | None:
+    """The settings that the worker left, or None without a handshake on NATS. Raises EngineStartError."""
+    text = environ.get(ENVIRONMENT)
+    if text is None:
+        return None
+    try:
+        settings = msgspec.json.decode(text, type=HandshakeSettings)
+    except msgspec.DecodeError as error:
+        raise EngineStartError(f"{ENVIRONMENT} is not a handshake setting: {error}", field=ENVIRONMENT) from error
+    for name in ("worker", "incarnation"):
+        if not is_token(getattr(settings, name)):
+            raise EngineStartError(f"{ENVIRONMENT}: {name} must be 1 to 64 characters of [A-Za-z0-9_-]", field=name)
+    return settings
