@@ -8,13 +8,18 @@
     │   ├── PromptTooLong       400  more prompt tokens than the model's context
     │   ├── DeadlineExceeded    504  the deadline passed before the answer was whole
     │   ├── Cancelled           499  by the client or an operator
+    │   ├── NotPermitted        403  the broker does not let this connection use the subject
     │   ├── EngineFailed        500  the engine gave up on this request
     │   └── AttemptsExhausted   500  handed out too often without an end
     ├── Transient               may succeed later: nak with a delay
     │   ├── Overloaded          429  a queue is full; carries retry_after_s
     │   └── BusUnavailable      503  the broker cannot be reached or did not acknowledge in time
+    │       ├── NoResponders    503  nobody listens on the subject of a request
+    │       └── BrokerRefused   503  JetStream answered with an error; carries its error number
     └── SetupError              a process cannot start: printed as a sentence, exit code 1
         ├── ConfigError              a setting is unknown or out of range
+        ├── BusConnectError          no NATS server answers at the URL, or it refuses the credentials
+        ├── ServerStartError         the nats-server executable is missing or does not start
         ├── ProvisionError           a stream, consumer or bucket differs from its declaration
         └── EngineStartError         the engine or its model cannot be loaded
 
@@ -85,6 +90,10 @@ class Cancelled(Permanent):
     code, status = "cancelled", 499
 
 
+class NotPermitted(Permanent):
+    code, status = "not_permitted", 403
+
+
 class EngineFailed(Permanent):
     code, status = "engine_failed", 500
 
@@ -105,12 +114,32 @@ class BusUnavailable(Transient):
     code, status = "bus_unavailable", 503
 
 
+class NoResponders(BusUnavailable):
+    code = "no_responders"
+
+
+class BrokerRefused(BusUnavailable):
+    code = "broker_refused"
+
+    def __init__(self, message: str, *, error_number: int = 0) -> None:
+        super().__init__(message)
+        self.error_number = error_number  # JetStream's err_code, e.g. 10059: stream not found
+
+
 class SetupError(PipelineError):
     """A process cannot start."""
 
 
 class ConfigError(SetupError):
     code = "config"
+
+
+class BusConnectError(SetupError):
+    code = "bus_connect"
+
+
+class ServerStartError(SetupError):
+    code = "server_start"
 
 
 class ProvisionError(SetupError):
