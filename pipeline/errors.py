@@ -21,6 +21,7 @@
         ├── BusConnectError          no NATS server answers at the URL, or it refuses the credentials
         ├── ServerStartError         the nats-server executable is missing or does not start
         ├── ProvisionError           a stream, consumer or bucket differs from its declaration
+        ├── WorkerStartError         a worker of a local topology ended before it was ready
         └── EngineStartError         the engine or its model cannot be loaded
 
 Each class has a stable `code`, an HTTP `status` and typed fields; `failure()` gives its wire form.
@@ -144,6 +145,10 @@ class ServerStartError(SetupError):
 
 class ProvisionError(SetupError):
     code = "provision"
+
+
+class WorkerStartError(SetupError):
+    code = "worker_start"
 
 
 class EngineStartError(SetupError):
