@@ -8,13 +8,24 @@ PAYLOAD_BYTES_MAX: Final = 512 * 1024
 REQUEST_ID_CHARS_MAX: Final = 64
 MESSAGES_MAX: Final = 4_096
 CHOICES_MAX: Final = 64
-STOP_STRINGS_MAX: Final = 64
+STOP_STRINGS_MAX: Final = 32
+"""SGLang's own limit (MAX_STOP_COUNT)."""
 STOP_STRING_CHARS_MAX: Final = 512
 STOP_TOKEN_IDS_MAX: Final = 256
 LOGIT_BIAS_ENTRIES_MAX: Final = 1_024
 TOP_LOGPROBS_MAX: Final = 20
 GRAMMAR_CHARS_MAX: Final = 64 * 1024
+SCHEMA_DEPTH_MAX: Final = 64
+"""Levels of nesting in a JSON schema."""
 TEMPERATURE_MAX: Final = 2.0
+PENALTY_MAX: Final = 2.0
+"""Frequency and presence penalties reach from minus this to this; a repetition penalty from above 0 to this."""
+TOP_K_MAX: Final = 1 << 30
+"""SGLang's word for the whole vocabulary; a larger number does not fit its tensors."""
+LOGIT_BIAS_MAX: Final = 100.0
+"""Biases reach from minus this to this, as OpenAI's do."""
+SEED_MIN: Final = -(2**63)
+SEED_MAX: Final = 2**63 - 1
 
 LEASE_S: Final = 6.0
 """A task's owner must be heard of within this time, else the task goes to another worker."""
@@ -26,6 +37,8 @@ ATTEMPTS_MAX: Final = 5
 """A task handed out this often without an end is dead-lettered and answered."""
 REQUEST_S_DEFAULT: Final = 600.0
 """The deadline of a request that names none, counted from its acceptance."""
+REQUEST_S_MAX: Final = 86_400.0
+"""A deadline can be this far away at most, counted from the request's acceptance."""
 RESPONSES_KEPT_S: Final = 600.0
 DEDUPE_S: Final = 600.0
 """JetStream's duplicate window: a terminal frame repeated within it is recognized."""
