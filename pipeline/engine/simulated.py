@@ -1,0 +1,354 @@
+"""An engine that computes nothing: tokens that any test can foretell, at a settable pace.
+
+For capacity planning, fault tests and measuring the pipeline itself; never for a claim about SGLang.
+
+A token is a function of the seed and of every token before it, and of nothing else. So a request that is
+resumed from prompt + emitted tokens, on another worker, goes on as the first one would have.
+"""
+
+import asyncio
+import hashlib
+import heapq
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from pipeline.config import SimulatedSettings
+from pipeline.engine.protocol import EngineInfo, EngineOutput, EngineRequest
+from pipeline.errors import EngineFailed, InvalidRequest
+from subjects.codec import TokenIds
+from subjects.messages import FinishReason, Load, PositionLogprobs, TokenLogprob
+
+VOCAB_TOKENS: Final = 32_000
+EOS_TOKEN: Final = 2
+"""The end of an output, unless the request ignores it; every other token is 3 or more."""
+KV_BLOCK_TOKENS: Final = 16
+TICK_S: Final = 0.001
+"""The resolution of the pace."""
+_FIRST_TOKEN: Final = 3
+
+
+class History:
+    """The tokens of a sequence so far, as a running hash from which the next one follows.
+
+    One in `eos_after_tokens` tokens is the end, where that is not 0: a function of the history too, since a
+    resumed request no longer knows where its prompt ended.
+    """
+
+    def __init__(self, tokens: TokenIds, seed: int = 0, eos_after_tokens: int = 0) -> None:
+        self._hash = hashlib.blake2b(b"%d\0" % seed + tokens.raw, digest_size=16)
+        self._eos_after_tokens = eos_after_tokens
+
+    def next(self) -> int:
+        """The token that follows; not yet part of the history."""
+        digest = self._hash.digest()
+        if self._eos_after_tokens and int.from_bytes(digest[8:], "little") % self._eos_after_tokens == 0:
+            return EOS_TOKEN
+        return _FIRST_TOKEN + int.from_bytes(digest[:8], "little") % (VOCAB_TOKENS - _FIRST_TOKEN)
+
+    def append(self, token: int) -> None:
+        self._hash.update(token.to_bytes(4, "little"))
+
+
+def expected_token(history: TokenIds, seed: int = 0, eos_after_tokens: int = 0) -> int:
+    """The token that follows prompt + emitted tokens, whoever computes it."""
+    return History(history, seed, eos_after_tokens).next()
+
+
+def expected_tokens(prompt: TokenIds, count: int, seed: int = 0) -> TokenIds:
+    """The first `count` tokens of an output that nothing ends earlier: u32[count]."""
+    history, tokens = History(prompt, seed), []
+    for _ in range(count):
+        tokens.append(history.next())
+        history.append(tokens[-1])
+    return TokenIds.of(tokens)
+
+
+def text_of(token: int) -> str:
+    """A token as text; the end of an output has none."""
+    return "" if token == EOS_TOKEN else f" t{token}"
+
+
+class StopText:
+    """Text on its way out: held back while it may be the beginning of a stop string.
+
+    >>> text = StopText((" t5 t6",), keep=False)
+    >>> text.push(" t4 t5"), text.push(" t6"), text.matched
+    (' t4', '', ' t5 t6')
+    """
+
+    def __init__(self, stops: tuple[str, ...], keep: bool) -> None:
+        self._stops, self._keep, self._held = stops, keep, ""
+        self.matched: str | None = None
+
+    def push(self, text: str, may_stop: bool = True) -> str:
+        """What can be let out now. Sets `matched` where a stop string is complete; it is let out if kept."""
+        self._held += text
+        if not may_stop:
+            return self.flush()
+        for stop in self._stops:
+            at = self._held.find(stop)
+            if at >= 0:
+                self.matched = stop
+                return self._held[: at + (len(stop) if self._keep else 0)]
+        out = self._held[: len(self._held) - self._length_to_hold()]
+        self._held = self._held[len(out) :]
+        return out
+
+    def flush(self) -> str:
+        """All that is held back: nothing follows any more."""
+        out, self._held = self._held, ""
+        return out
+
+    def _length_to_hold(self) -> int:
+        longest = 0
+        for stop in self._stops:
+            for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
+                if self._held.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest
+
+
+class Writer:
+    """One choice's output, token by token, until one of its stop conditions holds."""
+
+    def __init__(self, request: EngineRequest, settings: SimulatedSettings) -> None:
+        seed = settings.seed if request.sampling.seed is None else request.sampling.seed
+        self._request = request
+        self._history = History(request.token_ids, seed, settings.eos_after_tokens)
+        self._text = StopText(request.stop.stop, request.output.no_stop_trim)
+        self.num_tokens = 0
+
+    def write(self, count: int) -> EngineOutput:
+        """The next tokens, at most `count`; the last output has a finish_reason."""
+        tokens: list[int] = []
+        text = ""
+        finish: FinishReason | None = None
+        matched: int | str | None = None
+        while finish is None and len(tokens) < count:
+            token = self._history.next()
+            self._history.append(token)
+            tokens.append(token)
+            self.num_tokens += 1
+            piece, finish, matched = self._after(token)
+            text += piece
+        if finish is not None and self._text.matched is None:
+            text += self._text.flush()
+        return EngineOutput(
+            token_ids=TokenIds.of(tokens),
+            text=text,
+            logprobs=self._logprobs(tokens) if self._request.output.logprobs else None,
+            finish_reason=finish,
+            matched_stop=matched,
+        )
+
+    def _after(self, token: int) -> tuple[str, FinishReason | None, int | str | None]:
+        """The text that a token lets out, and whether the output ends with it, and on what."""
+        stop, output = self._request.stop, self._request.output
+        may_stop = self.num_tokens > stop.min_tokens
+        if may_stop and (token in stop.stop_token_ids or (token == EOS_TOKEN and not stop.ignore_eos)):
+            return text_of(token) if output.no_stop_trim else "", "stop", token
+        piece = self._text.push(text_of(token), may_stop)
+        if self._text.matched is not None:
+            return piece, "stop", self._text.matched
+        return piece, "length" if self.num_tokens >= stop.max_tokens else None, None
+
+    def _logprobs(self, tokens: list[int]) -> tuple[PositionLogprobs, ...]:
+        """The chosen token first, the next higher ids as alternatives, each less likely than the one before."""
+        return tuple(
+            PositionLogprobs(
+                chosen=_logprob(token, 0),
+                top=tuple(_logprob(token + rank, rank) for rank in range(self._request.output.top_logprobs)),
+            )
+            for token in tokens
+        )
+
+
+def _logprob(token: int, rank: int) -> TokenLogprob:
+    return TokenLogprob(token_id=token, logprob=-0.25 - rank, text=text_of(token))
+
+
+@dataclass(eq=False)
+class Turn:
+    """A running request's place on the wheel: how many tokens it may write by now."""
+
+    due_s: float  # when the next token is ready, by the loop's clock
+    ready: asyncio.Event = field(default_factory=asyncio.Event)  # `tokens` or `over` has changed
+    tokens: int = 0
+    over: bool = False  # the wheel hands it nothing more
+
+
+class Wheel:
+    """Hands out tokens to all running requests by one timer, however many there are."""
+
+    def __init__(self, itl_s: float) -> None:
+        self._itl_s = max(itl_s, 1e-6)  # 0: the whole output as soon as the first token
+        self._slots: dict[int, list[Turn]] = {}  # by tick
+        self._ticks: list[int] = []  # a heap of the slots' ticks
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, turn: Turn) -> None:
+        """Let a request have its next token at its `due_s`."""
+        tick = int(turn.due_s / TICK_S) + 1
+        if tick not in self._slots:
+            self._slots[tick] = []
+            heapq.heappush(self._ticks, tick)
+        self._slots[tick].append(turn)
+        self._arm()
+
+    def stop(self) -> None:
+        """End all: each request on the wheel wakes up and finds that it is over."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for turn in (turn for slot in self._slots.values() for turn in slot):
+            turn.over = True
+            turn.ready.set()
+        self._slots.clear()
+        self._ticks.clear()
+
+    def _arm(self) -> None:
+        when_s = self._ticks[0] * TICK_S
+        if self._timer is None or when_s < self._timer.when():
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = asyncio.get_running_loop().call_at(when_s, self._advance)
+
+    def _advance(self) -> None:
+        """Give every request its tokens that are due; one that the loop was late for gets several at once."""
+        self._timer = None
+        now_s = asyncio.get_running_loop().time()
+        due: list[Turn] = []
+        while self._ticks and self._ticks[0] * TICK_S <= now_s:
+            due += self._slots.pop(heapq.heappop(self._ticks))
+        for turn in due:
+            if turn.over:
+                continue
+            tokens = 1 + int(max(0.0, now_s - turn.due_s) / self._itl_s)
+            turn.tokens += tokens
+            turn.due_s += tokens * self._itl_s
+            turn.ready.set()
+            self.add(turn)
+        if self._ticks:
+            self._arm()
+
+
+class SimulatedEngine:
+    """Implements `pipeline.engine.protocol.Engine` without a model; see the module's docstring."""
+
+    def __init__(self, settings: SimulatedSettings) -> None:
+        self._settings = settings
+        self._slots = asyncio.Semaphore(settings.max_running_requests)
+        self._wheel = Wheel(settings.itl_ms / 1000)
+        self._running: dict[str, tuple[EngineRequest, Writer]] = {}  # by rid
+        self._waiting: set[str] = set()  # rids
+        self._closed = False
+
+    async def start(self) -> EngineInfo:
+        settings = self._settings
+        return EngineInfo(
+            name="simulated",
+            model_path="simulated",
+            context_len_tokens=settings.context_len_tokens,
+            max_running_requests=settings.max_running_requests,
+            max_prefill_tokens=settings.context_len_tokens,
+            kv_blocks=self._kv_tokens // KV_BLOCK_TOKENS,
+            kv_block_tokens=KV_BLOCK_TOKENS,
+        )
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        """See `Engine.generate`. Waits for a free place first, in order of arrival."""
+        self._refuse(request)
+        self._waiting.add(request.rid)
+        try:
+            await self._slots.acquire()
+        finally:
+            self._waiting.discard(request.rid)
+        try:
+            async for output in self._run(request):
+                yield output
+        finally:
+            self._slots.release()
+
+    async def load(self) -> Load:
+        used = sum(len(request.token_ids) + writer.num_tokens for request, writer in self._running.values())
+        return Load(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            kv_tokens_used=used,
+            kv_tokens=self._kv_tokens,
+        )
+
+    async def close(self) -> None:
+        self._closed = True
+        self._wheel.stop()
+
+    @property
+    def _kv_tokens(self) -> int:
+        return self._settings.context_len_tokens * self._settings.max_running_requests
+
+    async def _run(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        writer = Writer(request, self._settings)
+        turn = Turn(due_s=asyncio.get_running_loop().time() + self._settings.ttft_ms / 1000)
+        self._running[request.rid] = (request, writer)
+        self._wheel.add(turn)
+        outputs: list[EngineOutput] = []
+        try:
+            async for output in self._paced(writer, turn):
+                if request.output.stream:
+                    yield output
+                else:
+                    outputs.append(output)
+            if outputs:
+                yield _joined(outputs)
+        finally:
+            turn.over = True
+            del self._running[request.rid]
+
+    async def _paced(self, writer: Writer, turn: Turn) -> AsyncIterator[EngineOutput]:
+        finished = False
+        while not finished:
+            if self._closed:
+                raise EngineFailed("the simulated engine was closed")
+            await turn.ready.wait()
+            turn.ready.clear()
+            if turn.tokens:
+                tokens, turn.tokens = turn.tokens, 0
+                output = writer.write(tokens)
+                finished = output.finish_reason is not None
+                yield output
+
+    def _refuse(self, request: EngineRequest) -> None:
+        """Raise InvalidRequest for what SGLang would refuse too, and for what cannot be simulated."""
+        if self._closed:
+            raise EngineFailed("the simulated engine was closed")
+        if request.rid in self._running or request.rid in self._waiting:
+            raise InvalidRequest(f"the engine already has a request {request.rid!r}", field="rid")
+        size, limit = len(request.token_ids) + request.stop.max_tokens, self._settings.context_len_tokens
+        if size > limit:
+            raise InvalidRequest(
+                f"prompt and max_tokens are {size} tokens together; the context takes {limit}",
+                field="max_tokens",
+                size=size,
+                limit=limit,
+            )
+        sampling = request.sampling
+        for name, grammar in (
+            ("json_schema", sampling.json_schema),
+            ("regex", sampling.regex),
+            ("ebnf", sampling.ebnf),
+        ):
+            if grammar is not None:
+                raise InvalidRequest(f"the simulated engine has no grammars: {name}", field=name)
+
+
+def _joined(outputs: list[EngineOutput]) -> EngineOutput:
+    """All steps of an output as one."""
+    last = outputs[-1]
+    return EngineOutput(
+        token_ids=TokenIds(b"".join(output.token_ids.raw for output in outputs)),
+        text="".join(output.text for output in outputs),
+        logprobs=tuple(one for output in outputs for one in output.logprobs or ()) if last.logprobs else None,
+        finish_reason=last.finish_reason,
+        matched_stop=last.matched_stop,
+    )
