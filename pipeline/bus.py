@@ -37,7 +37,6 @@ from pipeline.errors import (
     ProvisionError,
 )
 from pipeline.jetstream import (
-    CONSUMER_NOT_FOUND,
     MESSAGE_TOO_LARGE,
     NO_LEADER,
     NO_SPACE,
@@ -173,6 +172,7 @@ class Bus:
         self._refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._background: set[asyncio.Task[Any]] = set()
         self._recovery: asyncio.Task[None] | None = None
+        self._reopening = False
         self._closing = False
 
     # --- the connection -------------------------------------------------------------------------------
@@ -184,6 +184,7 @@ class Bus:
         try:
             async with asyncio.timeout(timeout_s):
                 await bus._open()
+                bus._note_connected()
         except TimeoutError:
             await bus.close()
             raise BusConnectError(
@@ -210,7 +211,6 @@ class Bus:
         else:
             for subscription in list(self._subscriptions):
                 await subscription.attach(client)
-        self._note_connected()
 
     async def _dial(self, client: Client) -> None:
         await client.connect(
@@ -317,18 +317,21 @@ class Bus:
 
     async def _on_closed(self) -> None:
         """nats-py gave up, as it does on most errors that a broker names: begin with a new client."""
-        if not self._closing and self._connections:
+        if not self._closing and not self._reopening and self._connections:
+            self._reopening = True
             self.spawn(self._reopen())
 
     async def _reopen(self) -> None:
         while not self._closing:
+            self._refused = asyncio.get_running_loop().create_future()
             try:
-                self._refused = asyncio.get_running_loop().create_future()
                 await self._open()
             except nats.errors.Error as error:
                 log.warning("bus_reopen_failed", url=self.url, reason=str(error))
+                await self._client.close()
                 await asyncio.sleep(PAUSE_S_MAX)
             else:
+                self._reopening = False
                 await self._on_reconnected()
                 return
 
@@ -355,7 +358,7 @@ class Bus:
         connection = self._connections
         try:
             async with asyncio.timeout(timeout_s):
-                while self._client.pending_data_size > 0:
+                while self._client.pending_data_size > 0:  # noqa: ASYNC110  nats-py has no event for it
                     await asyncio.sleep(0)
                 pong = asyncio.ensure_future(self._client.flush(timeout=2 * PING_S + timeout_s))
                 pong.add_done_callback(_swallow)
