@@ -86,6 +86,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     logprobs: bool | int | None = None  # chat: bool; completion: number of alternatives
     top_logprobs: int | None = None
     response_format: ResponseFormat | None = None
+    json_schema: str | None = None  # SGLang's name: a JSON schema as text
     regex: str | None = None
     ebnf: str | None = None
     skip_special_tokens: bool = True

@@ -1,0 +1,112 @@
+"""Preprocess: from an OpenAI request to a tokenized, validated task for decode, or to the errors that end it."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable
+from typing import Final, Protocol
+
+from pipeline.chat import LoadedModel
+from pipeline.errors import DeadlineExceeded, PayloadTooLarge, Permanent, PipelineError
+from pipeline.openai import IdentifiedRequest, identify, parse_request, resolve
+from pipeline.stage import Emit, Task, emit_frame, emit_work, stage
+from subjects import names
+from subjects.codec import TokenIds
+from subjects.limits import PAYLOAD_BYTES_MAX
+from subjects.messages import Frame, Request
+
+INLINE_BYTES_MAX: Final = 4096
+"""A payload up to this size is tokenized on the event loop: about 1 ms, less than two hops between threads cost
+under load. A longer one goes to a thread, so that leases and other requests do not wait for it."""
+
+
+class Models(Protocol):
+    """The models that this worker knows of."""
+
+    async def ready(self, model: str, until_unix_s: float) -> LoadedModel:
+        """The model, once a worker that serves it has registered.
+
+        Raises UnknownModel for a name that was neither declared nor registered, and DeadlineExceeded where no
+        worker of a known model is there by `until_unix_s`.
+        """
+        ...
+
+
+def answer(task: Task[bytes], error: PipelineError) -> Iterable[Emit]:
+    """The terminal error frame of each choice that has none yet; a malformed request has one choice."""
+    identity = identify(task.payload, task.headers, task.stream_seq)
+    failure = error.failure()
+    for choice in range(identity.choices):
+        if choice in task.ended:
+            continue
+        frame = Frame(
+            request_id=identity.request_id,
+            choice=choice,
+            finish_reason="abort" if failure.code == "cancelled" else "error",
+            error=failure,
+        )
+        yield emit_frame(identity.client, identity.request_id, frame, identity.reply_format)
+
+
+@stage(name="preprocess", takes=bytes, answer=answer)
+async def preprocess(task: Task[bytes], models: Models) -> AsyncIterator[Emit]:
+    """One task for decode, or one terminal error frame for each choice; never both, never an exception of ours.
+
+    A redelivery gives the same task under the same id, which JetStream drops.
+    """
+    try:
+        emits = [await _work(task, models)]
+    except Permanent as error:
+        emits = list(answer(task, error))
+    for emit in emits:
+        yield emit
+
+
+async def _work(task: Task[bytes], models: Models) -> Emit:
+    """The task for decode. Raises Permanent."""
+    now_unix_s = time.time()
+    identified = parse_request(
+        task.payload,
+        task.headers,
+        task.subject,
+        task.stream_seq,
+        accepted_unix_s=task.stored_unix_s or now_unix_s,
+        now_unix_s=now_unix_s,
+    )
+    model = await models.ready(identified.model, identified.deadline_unix_s)
+    if len(task.payload) <= INLINE_BYTES_MAX:
+        token_ids = tokenize(identified.request, model)
+    else:
+        token_ids = await asyncio.to_thread(tokenize, identified.request, model)
+    return _task_for_decode(identified, token_ids, model)
+
+
+def tokenize(request: Request, model: LoadedModel) -> TokenIds:
+    """The prompt, u32[num_prompt_tokens]. Raises InvalidRequest where the chat template refuses the messages."""
+    if request.messages is not None:
+        text = model.tokenizer.render(request.messages, model.chat_template)
+        return model.tokenizer.encode(text, add_special_tokens=False)
+    if isinstance(request.prompt, str):
+        return model.tokenizer.encode(request.prompt, add_special_tokens=True)
+    assert request.prompt is not None, "parse_request lets no request pass without messages or prompt"
+    return TokenIds.of(request.prompt)
+
+
+def _task_for_decode(identified: IdentifiedRequest, token_ids: TokenIds, model: LoadedModel) -> Emit:
+    if identified.deadline_unix_s <= time.time():
+        raise DeadlineExceeded("deadline: passed while the request was tokenized", field="deadline")
+    request = resolve(
+        identified,
+        token_ids,
+        context_len_tokens=model.context_len_tokens,
+        vocab_size=model.tokenizer.vocab_size,
+    )
+    emit = emit_work(names.DECODE_ANY.of(model=request.model), request, msg_id=request.request_id)
+    if len(emit.payload) > PAYLOAD_BYTES_MAX:
+        raise PayloadTooLarge(
+            f"prompt: its {len(token_ids)} tokens make a task of {len(emit.payload)} bytes; "
+            f"a subject carries at most {PAYLOAD_BYTES_MAX}",
+            field="prompt",
+            size=len(emit.payload),
+            limit=PAYLOAD_BYTES_MAX,
+        )
+    return emit
