@@ -9,6 +9,7 @@ resumed from prompt + emitted tokens, on another worker, goes on as the first on
 import asyncio
 import hashlib
 import heapq
+import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -186,7 +187,8 @@ class Wheel:
         self._itl_s = max(itl_s, 1e-6)  # 0: the whole output as soon as the first token
         self._slots: dict[int, list[Turn]] = {}  # by tick
         self._ticks: list[int] = []  # a heap of the slots' ticks
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._timer_s = math.inf  # when it fires
 
     def add(self, turn: Turn) -> None:
         """Let a request have its next token at its `due_s`."""
@@ -209,14 +211,15 @@ class Wheel:
 
     def _arm(self) -> None:
         when_s = self._ticks[0] * TICK_S
-        if self._timer is None or when_s < self._timer.when():
+        if when_s < self._timer_s:
             if self._timer is not None:
                 self._timer.cancel()
+            self._timer_s = when_s
             self._timer = asyncio.get_running_loop().call_at(when_s, self._advance)
 
     def _advance(self) -> None:
         """Give every request its tokens that are due; one that the loop was late for gets several at once."""
-        self._timer = None
+        self._timer, self._timer_s = None, math.inf
         now_s = asyncio.get_running_loop().time()
         due: list[Turn] = []
         while self._ticks and self._ticks[0] * TICK_S <= now_s:

@@ -5,6 +5,7 @@ import doctest
 from dataclasses import replace
 
 import pytest
+import uvloop
 
 from pipeline.config import SimulatedSettings
 from pipeline.engine import simulated
@@ -193,7 +194,13 @@ async def test_the_pace_is_kept():
         assert at_s >= 0.050 + (count - 1) * 0.010 - 1e-6
 
 
-async def test_many_requests_at_once_are_all_whole():
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_many_requests_at_once_are_all_whole(loop):
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(many_requests_at_once())
+
+
+async def many_requests_at_once() -> None:
     engine = fast(max_running_requests=50)
     wanted = [replace(request(30, rid=f"r{i}"), token_ids=TokenIds.of([i])) for i in range(200)]
     results = await asyncio.gather(*(run(engine, one) for one in wanted))
