@@ -95,6 +95,16 @@ class LocalTopology:
         """The served models' names."""
         return sorted({child.settings.model for child in self.children if child.settings.model})
 
+    @property
+    def streams_folder(self) -> Path | None:
+        """Where the embedded broker keeps its streams."""
+        return self._server.store if self._server else None
+
+    def metrics_addresses(self) -> list[str]:
+        """Where the telemetry workers offer their metrics, as their logs tell."""
+        events = [_event(line) for child in self.children for line in tail(child.log_path)]
+        return [event["url"] for event in events if event.get("event") == "metrics_served"]
+
     async def start(self) -> None:
         """Start the broker and every worker. Raises SetupError with a sentence."""
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -145,6 +155,8 @@ class LocalTopology:
             if late:
                 self.kill()
                 await asyncio.wait(late)
+        if self._presence:
+            await self._presence.close()
         if self._bus:
             await self._bus.close()
         if self._server:

@@ -1,5 +1,6 @@
 """Every JetStream stream, consumer and key-value bucket, as data."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -125,3 +126,8 @@ def decode_any(model: str) -> ConsumerSpec:
     return ConsumerSpec(
         name=f"decode-{token(model)}", stream=WORK.name, filter_subject=names.DECODE_ANY.of(model=model)
     )
+
+
+def all_consumers(models: Iterable[str]) -> tuple[ConsumerSpec, ...]:
+    """Every consumer of a pipeline that serves these models."""
+    return (*CONSUMERS, *(decode_any(model) for model in sorted(models)))
