@@ -8,8 +8,10 @@ from typing import Final, Protocol
 from pipeline.chat import LoadedModel
 from pipeline.errors import DeadlineExceeded, PayloadTooLarge, Permanent, PipelineError
 from pipeline.openai import IdentifiedRequest, identify, parse_request, resolve
+from pipeline.served import ServedModels
 from pipeline.stage import Emit, Task, emit_frame, emit_work, stage
-from subjects import names
+from pipeline.worker import Worker
+from subjects import names, streams
 from subjects.codec import TokenIds
 from subjects.limits import PAYLOAD_BYTES_MAX
 from subjects.messages import Frame, Request
@@ -17,6 +19,10 @@ from subjects.messages import Frame, Request
 INLINE_BYTES_MAX: Final = 4096
 """A payload up to this size is tokenized on the event loop: about 1 ms, less than two hops between threads cost
 under load. A longer one goes to a thread, so that leases and other requests do not wait for it."""
+
+
+SLOTS_DEFAULT: Final = 256
+"""Requests at once, those that wait for a model's first worker among them."""
 
 
 class Models(Protocol):
@@ -110,3 +116,11 @@ def _task_for_decode(identified: IdentifiedRequest, token_ids: TokenIds, model: 
             limit=PAYLOAD_BYTES_MAX,
         )
     return emit
+
+
+async def serve(worker: Worker) -> None:
+    """Load the declared models' tokenizers, and preprocess requests until the worker drains."""
+    models = ServedModels(worker.presence, worker.settings.models)
+    await models.load_declared()
+    slots = worker.settings.slots or SLOTS_DEFAULT
+    await worker.run(preprocess.bind(models=models), [streams.PREPROCESS], slots=slots)

@@ -1,0 +1,66 @@
+"""The models that a preprocess worker knows of: declared in its settings, or registered by a worker's card."""
+
+import asyncio
+import time
+from collections.abc import Mapping
+
+from pipeline.chat import ChatTokenizer, LoadedModel
+from pipeline.errors import DeadlineExceeded, UnknownModel
+from pipeline.models import prepare_model
+from pipeline.presence import Presence
+from subjects.messages import ModelCard
+from subjects.names import token
+
+ROLE = "decode"
+"""Whose cards count: a model is ready when a worker of this role has registered it."""
+
+
+class ServedModels:
+    """Gives a model's tokenizer and limits once a worker serves it; until then its requests wait here."""
+
+    def __init__(self, presence: Presence, declared: Mapping[str, str]) -> None:
+        """`declared`: the paths of models to expect, by name; their requests wait for a first worker."""
+        self._presence = presence
+        self._declared = {token(name): path for name, path in declared.items()}
+        self._tokenizers: dict[str, asyncio.Future[ChatTokenizer]] = {}  # by path
+
+    async def load_declared(self) -> None:
+        """Load the tokenizers of the declared models. Raises EngineStartError."""
+        for path in self._declared.values():
+            await self._tokenizer(path)
+
+    async def ready(self, model: str, until_unix_s: float) -> LoadedModel:
+        """The model, once a worker that serves it has registered and takes work.
+
+        Raises UnknownModel for a name that was neither declared nor registered, and DeadlineExceeded where no
+        worker of a known model is there by `until_unix_s`.
+        """
+        if not self._presence.ready(model, ROLE):
+            if model not in self._declared and not self._presence.known(model):
+                names = ", ".join(sorted(self._declared.keys() | self._presence.models())) or "none"
+                raise UnknownModel(f"model: no model {model!r} here; there are: {names}", field="model")
+            if not await self._presence.wait_ready(model, ROLE, timeout_s=until_unix_s - time.time()):
+                raise DeadlineExceeded(f"deadline: no worker served {model!r} before it passed", field="deadline")
+        cards = self._cards(model)
+        tokenizer = await self._tokenizer(self._declared.get(model) or cards[0].model_path)
+        return LoadedModel(
+            name=model,
+            tokenizer=tokenizer,
+            context_len_tokens=min(card.context_len_tokens for card in cards),
+            chat_template=cards[0].chat_template,
+        )
+
+    def _cards(self, model: str) -> list[ModelCard]:
+        return [state.card for state in self._presence.workers(ROLE, model) if state.card and state.ready]
+
+    async def _tokenizer(self, path: str) -> ChatTokenizer:
+        """Loaded once, off the event loop; a failure is raised to all that wait, and tried again by the next."""
+        loading = self._tokenizers.get(path)
+        if loading is None or (loading.done() and loading.exception()):
+            loading = asyncio.ensure_future(asyncio.to_thread(_load, path))
+            self._tokenizers[path] = loading
+        return await asyncio.shield(loading)
+
+
+def _load(path: str) -> ChatTokenizer:
+    return ChatTokenizer.load(prepare_model(path))
