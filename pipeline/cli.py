@@ -17,6 +17,7 @@ import typer
 
 from pipeline import config
 from pipeline.errors import ConfigError, PipelineError
+from subjects import names
 
 if TYPE_CHECKING:
     from pipeline.local import LocalTopology
@@ -209,8 +210,8 @@ def _say_what_next(local: "LocalTopology", folder: Path) -> None:
         f'  sglang-nats request{url} "{QUESTION}"\n'
         f"  sglang-nats workers{url}\n"
         f"  sglang-nats streams{url}\n"
-        f"  nats sub{url.replace('--nats', '-s')} 'sglang.>'\n"
-        f"  nats pub{url.replace('--nats', '-s')} sglang.requests.{model} "
+        f"  nats sub{url.replace('--nats', '-s')} '{names.EVERYTHING}'\n"
+        f"  nats pub{url.replace('--nats', '-s')} {names.REQUESTS.of(model=model)} "
         '\'{"messages":[{"role":"user","content":"hi"}]}\'\n'
         + "".join(f"  curl {address}\n" for address in local.metrics_addresses())
         + f"\nLogs: {folder}. Ctrl-C stops everything.\n",

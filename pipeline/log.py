@@ -29,6 +29,8 @@ KEYS: Final = frozenset(
         "code",  # a stable error code, or an exception's class name
         "reason",  # a sentence
         "url",
+        "bucket",
+        "in_flight",
         "duration_ms",
     }
 )

@@ -156,6 +156,9 @@ ALL: Final[tuple[Subject, ...]] = (
     DEAD,
 )
 
+EVERYTHING: Final = "sglang.>"
+"""All of the above, for an operator who looks on."""
+
 # Subjects that nats-server itself defines.
 MAX_DELIVERIES_ADVISORIES: Final = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>"
 JS_API: Final = "$JS.API"
