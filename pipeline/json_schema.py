@@ -6,6 +6,9 @@ from typing import Any, Final
 from pipeline.errors import InvalidRequest
 from subjects.limits import GRAMMAR_CHARS_MAX, SCHEMA_DEPTH_MAX
 
+PLACE_CHARS_MAX: Final = 160
+"""The longest dotted path to a place in a schema that an error repeats."""
+
 _TYPES: Final = frozenset({"null", "boolean", "integer", "number", "string", "array", "object"})
 _ONE_SCHEMA: Final = (
     "additionalItems",
@@ -67,12 +70,7 @@ def check_schema(schema: Any, field: str, depth: int = 1) -> None:
     if not isinstance(schema, dict):
         raise _wrong(field, "expected a schema: an object, true or false")
     if depth > SCHEMA_DEPTH_MAX:
-        raise InvalidRequest(
-            f"{field}: nested more than {SCHEMA_DEPTH_MAX} levels deep",
-            field=field,
-            size=depth,
-            limit=SCHEMA_DEPTH_MAX,
-        )
+        raise _wrong(field, f"nested more than {SCHEMA_DEPTH_MAX} levels deep", size=depth, limit=SCHEMA_DEPTH_MAX)
     _check_words(schema, field)
     for keyword in _ONE_SCHEMA:
         if keyword in schema:
@@ -120,5 +118,9 @@ def _list(value: Any, field: str) -> list[Any]:
     return value
 
 
-def _wrong(field: str, what: str) -> InvalidRequest:
-    return InvalidRequest(f"{field}: {what}", field=field)
+def _wrong(field: str, what: str, *, size: int | None = None, limit: int | None = None) -> InvalidRequest:
+    """The place is shortened in the middle: a schema can be deep, and its names long."""
+    if len(field) > PLACE_CHARS_MAX:
+        half = PLACE_CHARS_MAX // 2
+        field = f"{field[:half]}...{field[-half:]}"
+    return InvalidRequest(f"{field}: {what}", field=field, size=size, limit=limit)
