@@ -10,7 +10,8 @@ import signal
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from secrets import token_hex
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import msgspec
 import typer
@@ -27,6 +28,9 @@ QUESTION: Final = "What is the capital of France?"
 SUBJECTS_PAGE: Final = Path("docs/subjects.md")
 HEARD_S: Final = 1.3
 """Long enough to hear one heartbeat of everyone."""
+CONNECT_S_MAX: Final = 3.0
+"""A command that only looks does not wait longer for a broker."""
+T = TypeVar("T")
 
 app = typer.Typer(
     name="sglang-nats",
@@ -68,6 +72,14 @@ def main() -> None:
         sys.exit(130)
 
 
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """Run a command that speaks to a person: of the log only errors."""
+    from pipeline import log
+
+    log.configure("error")
+    return asyncio.run(work)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
@@ -102,7 +114,7 @@ def up(
     """Start a broker and every worker here, and keep them running until Ctrl-C."""
     settings = config.load_topology(topology)
     where = folder or _cache() / "up" / Path(topology).stem
-    asyncio.run(_up(settings, where, run_s))
+    _run(_up(settings, where, run_s))
 
 
 @app.command(rich_help_panel=LOCAL)
@@ -117,7 +129,7 @@ def demo(
 
     settings = config.load_topology(topology)
     folder = Path(tempfile.mkdtemp(prefix="sglang-nats-demo-"))
-    code = asyncio.run(_demo(settings, folder, question, max_tokens))
+    code = _run(_demo(settings, folder, question, max_tokens))
     if code == 0:
         shutil.rmtree(folder, ignore_errors=True)
     raise typer.Exit(code)
@@ -187,7 +199,12 @@ async def _ask_and_tell(local: "LocalTopology", question: str, max_tokens: int) 
 
     async with Client.connect(local.url, client="demo") as client, Tap.on(local.url) as tap:
         out.print(f"\n{question}", style="bold", markup=False)
-        fields = {"messages": [{"role": "user", "content": question}], "max_tokens": max_tokens, "temperature": 0.0}
+        fields = {
+            "request_id": f"demo-{token_hex(3)}",
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": max_tokens,
+            "temperature": 0.0,
+        }
         answer = await _stream(client, local.models[0], fields)
         await tap.settle()
     out.print()
@@ -336,7 +353,7 @@ def request(
     }
     fields = _request_fields(json_file, prompt, system, raw)
     fields |= {name: value for name, value in options.items() if value is not None}
-    raise typer.Exit(asyncio.run(_request(nats or config.nats_url(), model, fields, frames)))
+    raise typer.Exit(_run(_request(nats or config.nats_url(), model, fields, frames)))
 
 
 def _request_fields(json_file: Path | None, prompt: str | None, system: str | None, raw: bool) -> dict[str, Any]:
@@ -417,7 +434,7 @@ async def _stream(client: Any, model: str, fields: dict[str, Any], *, as_json: b
 @app.command(rich_help_panel=ASK)
 def workers(nats: NatsOption = None) -> None:
     """Every worker: its role and model, whether it takes work, and its load."""
-    asyncio.run(_workers(nats or config.nats_url()))
+    _run(_workers(nats or config.nats_url()))
 
 
 async def _workers(url: str) -> None:
@@ -443,7 +460,7 @@ async def _workers(url: str) -> None:
 @app.command(rich_help_panel=ASK)
 def streams(nats: NatsOption = None) -> None:
     """Every stream and consumer: what waits, what is being worked on, what came again."""
-    asyncio.run(_streams(nats or config.nats_url()))
+    _run(_streams(nats or config.nats_url()))
 
 
 async def _streams(url: str) -> None:
@@ -482,7 +499,7 @@ def _looking(url: str):
         from pipeline.bus import Bus
         from pipeline.presence import Presence
 
-        bus = await Bus.connect(url, name="cli")
+        bus = await Bus.connect(url, name="cli", timeout_s=CONNECT_S_MAX)
         try:
             presence = Presence(bus)
             await presence.start()
