@@ -17,8 +17,8 @@ from subjects.streams import BucketSpec
 if TYPE_CHECKING:
     from pipeline.bus import Bus, Subscription
 
-IDLE_HEARTBEAT_S: Final = 2.0
-SILENCE_S_MAX: Final = 2.5 * IDLE_HEARTBEAT_S
+IDLE_HEARTBEAT_S: Final = 1.0
+SILENCE_S_MAX: Final = 3 * IDLE_HEARTBEAT_S
 RETRY_S: Final = 0.25
 _OPERATION: Final = "KV-Operation"
 _MARKER: Final = "Nats-Marker-Reason"

@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from secrets import token_hex
 from typing import Any, Final, Protocol
+from urllib.parse import urlparse
 
 import msgspec
 import nats.errors
@@ -84,6 +85,7 @@ API_S_MAX: Final = 5.0
 RETRY_AFTER_S: Final = 1.0  # what a client is told when a queue is full
 CLOSE_S_MAX: Final = 1.5
 READ_BATCH: Final = 256
+_SCHEMES: Final = ("nats", "tls", "ws", "wss")
 _VIOLATION: Final = re.compile(r'permissions violation for (publish to|subscription to) "([^"]*)"')
 
 log = structlog.get_logger()
@@ -181,6 +183,8 @@ class Bus:
     async def connect(cls, url: str, *, name: str, timeout_s: float = 10.0) -> "Bus":
         """Connect to `url` (several, parted by commas, are one cluster). Raises BusConnectError."""
         bus = cls(url, name)
+        for server in bus._servers:
+            _check_url(server)
         try:
             async with asyncio.timeout(timeout_s):
                 await bus._open()
@@ -590,17 +594,20 @@ class Bus:
     async def read(
         self, stream: str, subject: str, *, from_seq: int = 1, timeout_s: float = 5.0
     ) -> AsyncIterator[StoredMessage]:
-        """The messages that a stream now has on a subject, in order. Raises BusUnavailable."""
-        async with asyncio.timeout(timeout_s):
-            while True:
-                batch = await self._read_batch(stream, subject, from_seq)
-                for message in batch:
-                    yield message
-                if len(batch) < READ_BATCH:
-                    return
-                from_seq = batch[-1].seq + 1
+        """The messages that a stream now has on a subject, in order.
 
-    async def _read_batch(self, stream: str, subject: str, from_seq: int) -> list[StoredMessage]:
+        Each `READ_BATCH` messages may take `timeout_s`, outages included; then it raises BusUnavailable.
+        """
+        while True:
+            read = functools.partial(self._read_batch, stream, subject, from_seq)
+            batch = await self._retried(read, timeout_s, f"stream {stream} could not be read")
+            for message in batch:
+                yield message
+            if len(batch) < READ_BATCH:
+                return
+            from_seq = batch[-1].seq + 1
+
+    async def _read_batch(self, stream: str, subject: str, from_seq: int, timeout_s: float) -> list[StoredMessage]:
         """Up to `READ_BATCH` messages by one Direct Get (NATS ADR-31); an empty status message ends them."""
         found: list[StoredMessage] = []
         end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -618,11 +625,14 @@ class Bus:
         try:
             request = msgspec.json.encode({"seq": from_seq, "next_by_subj": subject, "batch": READ_BATCH})
             await self.publish(f"{names.JS_API}.DIRECT.GET.{stream}", request, reply=subscription.subject)
-            status = await end
+            async with asyncio.timeout(timeout_s):
+                status = await end
+        except TimeoutError:
+            raise BusUnavailable(f"{len(found)} messages and no end within {timeout_s:g} s") from None
         finally:
             await subscription.unsubscribe()
         if status == "503":
-            raise BusUnavailable(f"no stream {stream} to read from")
+            raise NoResponders(f"there is no stream {stream}")
         return found
 
     # --- provisioning and states ----------------------------------------------------------------------
@@ -696,6 +706,16 @@ class Bus:
         """How many messages a stream has on each subject that matches."""
         info = await self.api(f"STREAM.INFO.{name}", {"subjects_filter": filter_subject})
         return info["state"].get("subjects") or {}
+
+
+def _check_url(url: str) -> None:
+    try:
+        parsed = urlparse(url)
+        known = parsed.scheme in _SCHEMES and parsed.hostname and parsed.port != 0
+    except ValueError:  # the port is no number, or out of range
+        known = False
+    if not known:
+        raise BusConnectError(f"not a NATS URL: {_without_password(url)!r}; it should be like nats://127.0.0.1:4222")
 
 
 def _without_password(url: str) -> str:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from pipeline.bus import Bus, Subscription
 
 EXPIRES_S: Final = 30.0
-IDLE_HEARTBEAT_S: Final = 2.0
-SILENCE_S_MAX: Final = 2.5 * IDLE_HEARTBEAT_S
+IDLE_HEARTBEAT_S: Final = 1.0
+SILENCE_S_MAX: Final = 3 * IDLE_HEARTBEAT_S
 RETRY_S_MIN: Final = 0.05
 RETRY_S_MAX: Final = 1.0
 
