@@ -555,7 +555,7 @@ def _stage_command(role: str, about: str) -> None:
             typer.Option(metavar="KEY=VALUE", help="The simulated engine, e.g. ttft_ms=20; may be repeated."),
         ] = None,
         metrics_port: Annotated[int | None, typer.Option(help="telemetry: port of /metrics; 0: a free one.")] = None,
-        log_level: Annotated[str | None, typer.Option(metavar="debug|info|warning|error")] = None,
+        log_level: Annotated[str | None, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")] = None,
         parent: Annotated[int | None, typer.Option(hidden=True)] = None,
     ) -> None:
         options = {

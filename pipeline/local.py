@@ -109,7 +109,7 @@ class LocalTopology:
         """Start the broker and every worker. Raises SetupError with a sentence."""
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._server:
-            await asyncio.to_thread(self._server.start)
+            self._server.start()  # on this thread: the broker dies with the thread that started it
         self._bus = await Bus.connect(self.url, name="local")
         await self._bus.provision(streams.STREAMS, streams.CONSUMERS, streams.BUCKETS)
         self._presence = Presence(self._bus)
