@@ -171,7 +171,7 @@ async def _demo(settings: config.TopologySettings, folder: Path, question: str, 
 
 async def _ready_or(local: "LocalTopology", ended: asyncio.Event) -> None:
     """Show the start until every worker is ready, or until the user has seen enough."""
-    from pipeline.screen import Starting, err
+    from pipeline.screen import Starting
 
     starting = Starting(local)
 
@@ -180,12 +180,14 @@ async def _ready_or(local: "LocalTopology", ended: asyncio.Event) -> None:
             starting.tell()
             await asyncio.sleep(0.2)
 
-    if local.streams_folder:
-        err.print(f"nats-server {local.url}, streams in {local.streams_folder}", markup=False)
+    async def start() -> None:
+        await local.start()
+        await local.until_ready()
+
     with starting.shown():
         telling = asyncio.create_task(tell())
         try:
-            await _first_of(local.until_ready(), ended.wait())
+            await _first_of(start(), ended.wait())
         finally:
             telling.cancel()
     starting.tell()

@@ -91,6 +91,11 @@ class TopologySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     nats: NatsSettings = NatsSettings()
     workers: Annotated[tuple[GroupSettings, ...], msgspec.Meta(min_length=1)]
 
+    def model_paths(self) -> set[str]:
+        """Every model that a worker loads."""
+        named = (group.model_path or self.model_path for group in self.workers)
+        return {path for path in named if path}
+
     def settings(self, url: str) -> list[tuple[WorkerSettings, dict[str, str]]]:
         """Every worker's settings on the broker at `url`, and what is added to its environment."""
         models = {group.model: group.model_path for group in self.workers if group.model and group.model_path}
@@ -172,8 +177,8 @@ def nats_url(environment: Mapping[str, str] = os.environ) -> str:
 def sglang_flags(arguments: Iterable[str]) -> dict[str, Any]:
     """SGLang's own flags as fields of its ServerArgs.
 
-    `--tp-size 2 --enable-metrics` is {"tp_size": "2", "enable_metrics": True}. Values stay text (several of one
-    flag: a list of text); the engine's adapter knows their types and refuses unknown names. Raises ConfigError
+    `--tp-size 2 --enable-metrics` is {"tp_size": "2", "enable_metrics": True}. Values stay text, several of one
+    flag with spaces between; the engine's adapter knows their types and refuses unknown names. Raises ConfigError
     for an argument that belongs to no flag.
     """
     fields: dict[str, Any] = {}
@@ -188,8 +193,7 @@ def sglang_flags(arguments: Iterable[str]) -> dict[str, Any]:
         elif fields[name] is True:
             fields[name] = argument
         else:
-            before = fields[name] if isinstance(fields[name], list) else [fields[name]]
-            fields[name] = [*before, argument]
+            fields[name] = f"{fields[name]} {argument}"
     return fields
 
 

@@ -22,6 +22,7 @@ import structlog
 from pipeline.bus import Bus
 from pipeline.config import TopologySettings, WorkerSettings
 from pipeline.errors import PipelineError, WorkerStartError
+from pipeline.models import prepare_model
 from pipeline.nats_server import NatsServer
 from pipeline.presence import Presence
 from subjects import streams
@@ -82,6 +83,8 @@ class LocalTopology:
         self._bus: Bus | None = None
         self._presence: Presence | None = None
         self.children: list[Child] = []
+        self.preparing = ""
+        """What is done before any worker starts."""
         self.recent: deque[str] = deque(maxlen=100)
         """What happened to workers since they were ready, as sentences; the reader takes them out."""
 
@@ -106,8 +109,11 @@ class LocalTopology:
         return [event["url"] for event in events if event.get("event") == "metrics_served"]
 
     async def start(self) -> None:
-        """Start the broker and every worker. Raises SetupError with a sentence."""
+        """Unpack models, then start the broker and every worker. Raises SetupError with a sentence."""
         self._folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(self._topology.model_paths()):
+            await asyncio.to_thread(prepare_model, path, self._note_progress)
+        self.preparing = ""
         if self._server:
             self._server.start()  # on this thread: the broker dies with the thread that started it
         self._bus = await Bus.connect(self.url, name="local")
@@ -161,6 +167,9 @@ class LocalTopology:
             await self._bus.close()
         if self._server:
             await asyncio.to_thread(self._server.stop)
+
+    def _note_progress(self, what: str, share: float) -> None:
+        self.preparing = f"{what} ({share:.0%})"
 
     async def _keep(self, child: Child) -> None:
         """Run a worker until the topology stops; start it again when it ends after it was once ready."""
@@ -223,10 +232,9 @@ class LocalTopology:
 
 @contextlib.asynccontextmanager
 async def running(topology: TopologySettings, folder: Path):
-    """A started topology, ended in any case."""
+    """A topology to `start`, ended in any case."""
     local = LocalTopology(topology, folder)
     try:
-        await local.start()
         yield local
     finally:
         with contextlib.suppress(PipelineError):

@@ -47,17 +47,26 @@ class Starting:
         if err.is_terminal:
             return
         overdue = time.monotonic() - self._said_s > PLAIN_S
+        if self._local.preparing and (overdue or "" not in self._said):
+            self._print(self._local.preparing)
+            self._said[""], self._said_s = "said", time.monotonic()
         for child in self._local.children:
             line = f"{child.name}: {child.state}"
             if self._said.get(child.name) != line or (overdue and child.state == "starting"):
-                err.print(f"[{self._elapsed_s():5.1f} s] {_line(child)}", markup=False)
+                self._print(_line(child))
                 self._said[child.name], self._said_s = line, time.monotonic()
+
+    def _print(self, line: str) -> None:
+        if line:
+            err.print(f"[{self._elapsed_s():5.1f} s] {line}", markup=False)
 
     def _elapsed_s(self) -> float:
         return time.monotonic() - self._started_s
 
     def _render(self) -> Group:
         rows: list[Spinner | Text] = []
+        if self._local.preparing:
+            rows.append(_spinner("", Text(self._local.preparing, style="yellow")))
         for child in self._local.children:
             style = "green" if child.state == "ready" else "yellow"
             line = Text(_line(child), style=style, no_wrap=True, overflow="ellipsis")

@@ -94,7 +94,7 @@ def test_flags_of_sglang_become_its_fields() -> None:
         "tp_size": "2",
         "enable_metrics": True,
         "kv_events_config": "{}",
-        "ids": ["1", "2", "3"],
+        "ids": "1 2 3",
         "last": True,
     }
     assert sglang_flags([]) == {}
