@@ -29,12 +29,13 @@ _LISTED_SCHEMAS: Final = ("allOf", "anyOf", "oneOf", "prefixItems")
 
 def schema_text(schema: Any, field: str) -> str:
     """The schema as JSON text, for the engine's grammar. Raises InvalidRequest naming the place below `field`."""
-    check_schema(schema, field)
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{field}: has no form in JSON: {error}", field=field) from None
-    return check_length(text, field)
+        raise _wrong(field, f"has no form in JSON: {error}") from None
+    check_length(text, field)  # before the schema's parts: they are looked at on the event loop
+    check_schema(schema, field)
+    return text
 
 
 def check_schema_text(text: str, field: str) -> str:
@@ -43,7 +44,7 @@ def check_schema_text(text: str, field: str) -> str:
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{field}: not JSON: {error}", field=field, size=len(text)) from None
+        raise _wrong(field, f"not JSON: {error}", size=len(text)) from None
     check_schema(schema, field)
     return text
 
