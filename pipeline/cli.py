@@ -128,6 +128,8 @@ def demo(
     import tempfile
 
     settings = config.load_topology(topology)
+    if not settings.model_paths():
+        raise ConfigError(f"the topology {topology!r} serves no model to ask", field="topology")
     folder = Path(tempfile.mkdtemp(prefix="sglang-nats-demo-"))
     code = _run(_demo(settings, folder, question, max_tokens))
     if code == 0:
