@@ -4,11 +4,17 @@ The worker puts `HandshakeSettings.to_environment()` into the environment before
 plugin calls `install(from_environment())` in every process that SGLang starts. `describe` needs neither.
 """
 
-from pipeline.engine.sglang.handshake.settings import ENVIRONMENT, HandshakeSettings, from_environment
+from pipeline.engine.sglang.handshake.settings import (
+    ENVIRONMENT,
+    ONE_MACHINE_ENVIRONMENT,
+    HandshakeSettings,
+    from_environment,
+)
 from pipeline.engine.sglang.handshake.wire import Address, BootstrapLine, Rank, describe
 
 __all__ = [
     "ENVIRONMENT",
+    "ONE_MACHINE_ENVIRONMENT",
     "Address",
     "BootstrapLine",
     "HandshakeSettings",

@@ -4,6 +4,7 @@ The same code runs with SGLang 0.5.17 and 0.5.21. A release that renames one of 
 start with a sentence that names it.
 """
 
+import functools
 import importlib
 import inspect
 from collections.abc import Iterator
@@ -104,7 +105,4 @@ def check() -> None:
 
 
 def _find(module: str, name: str) -> object:
-    found: object = importlib.import_module(module)
-    for part in name.split("."):
-        found = inspect.getattr_static(found, part) if inspect.isclass(found) else getattr(found, part)
-    return found.__func__ if isinstance(found, classmethod | staticmethod) else found
+    return functools.reduce(getattr, name.split("."), importlib.import_module(module))

@@ -25,6 +25,18 @@ from subjects import headers
 ROUTE_WAIT_S: Final = 0.5
 """How long a room waits for the registration of a prefill worker that this process has not heard of."""
 
+ROOM_TABLES: Final = {
+    "status": "request_status",
+    "failure": "failure_records",
+    "receiving": "transfer_statuses",
+    "held_after_abort": "_deferred_abort_ack_tracker",
+    "transfer": "transfer_infos",
+    "outstanding": "_staging_outstanding",
+}
+"""What SGLang's manager keeps by room; not every role and release has each."""
+ORPHAN_S: Final = 60.0
+"""Prefill forgets a room that decode named and no request of this engine opened within this time."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -102,6 +114,7 @@ class _NatsKVManager(NixlKVManager):
         rank = Rank(dp=args.system_dp_rank or 0, pp=args.pp_rank, tp=args.engine_rank)
         self._postbox = self.place.open(rank, sum(args.kv_item_lens))
         self._got_s: dict[int, float] = {}  # prefill: when a room's transfer message was here
+        self._with_sender: set[int] = set()  # prefill: rooms that a request of this engine has opened
         self._warm_rooms = itertools.count(-1, -1)  # never a request's: those are not negative
         super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
         self._postbox.attach(self)
@@ -185,19 +198,48 @@ class _NatsKVManager(NixlKVManager):
         super().update_status(bootstrap_room, status)
 
     def _note(self, room: int, status: KVPoll) -> None:
-        if status == KVPoll.WaitingForInput:
+        if room not in self.request_status:
+            self._with_sender.discard(room)  # of an earlier request
+        if status == KVPoll.Bootstrapping:
+            self._with_sender.add(room)
+        elif status == KVPoll.WaitingForInput:
             self._got_s[room] = time.monotonic()
-        elif status == KVPoll.Failed:
-            self._got_s.pop(room, None)
         elif status == KVPoll.Success and (got_s := self._got_s.pop(room, None)) is not None:
-            for info in tuple(self.transfer_infos.get(room, {}).values()):
-                said = {
-                    headers.HANDSHAKE_STATUS: "success",
-                    headers.HANDSHAKE_PAGES: str(len(info.dst_kv_indices)),
-                    headers.HANDSHAKE_BYTES: str(len(info.dst_kv_indices) * self.kv_item_lens_sum),
-                    headers.HANDSHAKE_US: str(int((time.monotonic() - got_s) * 1e6)),
-                }
-                self._postbox.report(Address.of(info.endpoint, info.dst_port), Operation.STATUS, room, said)
+            self._report_written(room, got_s)
+
+    def _report_written(self, room: int, got_s: float) -> None:
+        for info in tuple(self.transfer_infos.get(room, {}).values()):
+            pages = len(info.dst_kv_indices)
+            said = {
+                headers.HANDSHAKE_STATUS: "success",
+                headers.HANDSHAKE_PAGES: str(pages),
+                headers.HANDSHAKE_BYTES: str(pages * self.kv_item_lens_sum),
+                headers.HANDSHAKE_US: str(int((time.monotonic() - got_s) * 1e6)),
+            }
+            self._postbox.report(Address.of(info.endpoint, info.dst_port), Operation.STATUS, room, said)
+
+    def sweep(self) -> None:
+        """Forget rooms that decode opened and gave up, or that no request here has claimed for long.
+
+        SGLang keeps them for ever: it drops a room with the request that sends it, and there is none.
+        """
+        if self._decodes:
+            return
+        self._with_sender.intersection_update(self.request_status)
+        for room, got_s in tuple(self._got_s.items()):
+            if room in self._with_sender:
+                continue
+            status = self.request_status.get(room)
+            if status in (None, KVPoll.Failed) or time.monotonic() - got_s > ORPHAN_S:
+                self._forget_room(room)
+
+    def _forget_room(self, room: int) -> None:
+        self._got_s.pop(room, None)
+        self.request_status.pop(room, None)
+        self.transfer_infos.pop(room, None)
+        self.req_to_decode_prefix_len.pop(room, None)
+        with self.failure_lock:
+            self.failure_records.pop(room, None)
 
     def _rooms_with(self, peer: Address) -> tuple[int, ...]:
         """Prefill's open rooms whose pages a decode rank has named."""
@@ -215,6 +257,10 @@ class _NatsKVManager(NixlKVManager):
             return [Address.of(*at) for host in hosts for at in self.place.book.addresses(host)]
         rooms = tuple(self.transfer_infos.values())
         return [Address.of(info.endpoint, info.dst_port) for infos in rooms for info in tuple(infos.values())]
+
+    def open_rooms(self) -> dict[str, list[int]]:
+        held = vars(self)
+        return {name: sorted(tuple(held[table])) for name, table in ROOM_TABLES.items() if table in held}
 
     def undelivered(self, peer: Address, rooms: frozenset[int]) -> None:
         for room in rooms:

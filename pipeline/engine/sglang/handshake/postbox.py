@@ -61,6 +61,14 @@ class Resident(Protocol):
         """`peer` is down: all its rooms have failed."""
         ...
 
+    def open_rooms(self) -> dict[str, list[int]]:
+        """The rooms that SGLang holds anything for, by what it holds."""
+        ...
+
+    def sweep(self) -> None:
+        """Four times a second: drop what nobody will ask for."""
+        ...
+
     def route_changed(self, key: str, row: bytes | None) -> None:
         """A row of the routes bucket was put, or went (None)."""
         ...
@@ -276,6 +284,9 @@ class Postbox:
         if operation == Operation.RECEIPT:
             self._on_receipt(room, said)
             return
+        if operation == Operation.ROOMS:
+            self._answer_rooms(received.reply)
+            return
         try:
             peer = self._peer(Address.parse(said[headers.HANDSHAKE_FROM]))
             seq, base = map(int, said.get(headers.HANDSHAKE_SEQ, "0/0").split("/"))
@@ -314,6 +325,11 @@ class Postbox:
         if sent := said.get(headers.HANDSHAKE_SENT):
             answer[headers.HANDSHAKE_US] = str(max(0, unix_us() - int(sent)))
         self._publish(reply, b"", answer)
+
+    def _answer_rooms(self, reply: str) -> None:
+        if reply and self._resident is not None:
+            said = {headers.HANDSHAKE_FROM: str(self.address)}
+            self._publish(reply, msgspec.json.encode(self._resident.open_rooms()), said)
 
     def _on_receipt(self, room: str, said: dict[str, str]) -> None:
         try:
@@ -364,7 +380,10 @@ class Postbox:
             if now_s - before_s > 4 * WATCH_S:
                 self._calm_s = now_s + limits.PRESENCE_S  # this process stood still, not its peers
             before_s = now_s
-            if self._bus.connected and self._resident is not None:
+            if self._resident is None:
+                continue
+            self._resident.sweep()
+            if self._bus.connected:
                 self._look_at_peers(frozenset(self._resident.peers_in_use()), now_s)
 
     def _look_at_peers(self, in_use: frozenset[Address], now_s: float) -> None:

@@ -12,6 +12,16 @@ from subjects.names import is_token
 ENVIRONMENT: Final = "SGLANG_NATS_HANDSHAKE"
 """Environment variable with the settings as JSON; its absence leaves SGLang's own control plane in place."""
 
+ONE_MACHINE_ENVIRONMENT: Final = {
+    "UCX_TLS": "sm,self",
+    "SGLANG_DISAGGREGATION_NIXL_BACKEND_PARAMS": '{"ucx_error_handling_mode": "none"}',
+}
+"""For engines without a GPU that all run on one machine: NIXL moves KV through shared memory only.
+
+Without it UCX listens on TCP, 18 ports a prefill engine, as its error handling wants a transport that notices a
+dead peer. Shared memory notices it too: a write to a killed process fails at once.
+"""
+
 
 class HandshakeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One engine's place on the bus. Spawned scheduler processes inherit it through the environment."""

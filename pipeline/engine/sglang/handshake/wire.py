@@ -36,6 +36,7 @@ class Operation(StrEnum):
     ABORT_ACK = "abort_ack"
     PING = "ping"
     RECEIPT = "receipt"
+    ROOMS = "rooms"  # request: which rooms are open; answered in JSON to anyone, an operator too
 
 
 @dataclass(frozen=True, order=True)
