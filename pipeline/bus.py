@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from secrets import token_hex
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import urlparse
 
 import msgspec
@@ -75,6 +75,8 @@ __all__ = [
 RECONNECT_S: Final = 0.2
 CONNECT_S_MAX: Final = 2.0  # one try to reach one server
 PING_S: Final = 5.0  # with two unanswered, a silent connection is given up
+PONG_S_MAX: Final = 60.0  # longer than a connection lives without a PONG
+POLL_S: Final = 0.001
 BUFFERED_BYTES_MAX: Final = 1024 * 1024
 """More than this is not buffered: a publisher waits while connected, and is refused while not."""
 BUFFERED_S_MAX: Final = 10.0
@@ -87,6 +89,8 @@ CLOSE_S_MAX: Final = 1.5
 READ_BATCH: Final = 256
 _SCHEMES: Final = ("nats", "tls", "ws", "wss")
 _VIOLATION: Final = re.compile(r'permissions violation for (publish to|subscription to) "([^"]*)"')
+
+T = TypeVar("T")
 
 log = structlog.get_logger()
 
@@ -148,7 +152,7 @@ class Subscription:
 
 class _Ask(msgspec.Struct, frozen=True):
     subject: str
-    answer: asyncio.Future[Received]
+    answer: asyncio.Future[Any]
 
 
 class Bus:
@@ -280,20 +284,19 @@ class Bus:
     def _note_connected(self) -> None:
         self._connections += 1
         self._connected_since_s = time.monotonic()
+        self._last_error = "no answer"
         self._up.set()
 
     async def _on_error(self, error: Exception) -> None:
         """nats-py's word of anything that went wrong. It must not raise: that would end the read loop."""
-        self._last_error = str(error) or type(error).__name__
-        if violation := _VIOLATION.search(self._last_error):
-            log.error("not_permitted", subject=violation[2], reason=self._last_error)
+        reason = str(error) or type(error).__name__
+        again, self._last_error = reason == self._last_error, reason
+        if violation := _VIOLATION.search(reason):
             self._refuse_asks(violation[2])
-        elif "uthorization" in self._last_error or isinstance(error, nats.errors.AuthorizationError):
-            log.error("authorization_failed", reason=self._last_error)
-            if not self._refused.done():
-                self._refused.set_result(f"the server refuses the credentials ({self._last_error})")
-        elif not isinstance(error, OSError | TimeoutError):
-            log.warning("bus_error", reason=self._last_error)
+        elif "authorization" in reason.lower() and not self._refused.done():
+            self._refused.set_result(f"the server refuses the credentials ({reason})")
+        if not again and not isinstance(error, OSError | TimeoutError):
+            log.warning("bus_error", reason=reason)
 
     def _refuse_asks(self, subject: str) -> None:
         """Tell those who wait for an answer on a forbidden subject; the broker's word is in lower case."""
@@ -359,19 +362,25 @@ class Bus:
         nats-py writes its PING past what it still buffers, so the buffer has to be empty first. Its wait is
         never cut short, since the late answer to a cancelled one ends its read loop.
         """
-        connection = self._connections
+        token = self.new_inbox()
+        ask = self._asks[token] = _Ask("a flush", asyncio.get_running_loop().create_future())
         try:
             async with asyncio.timeout(timeout_s):
-                while self._client.pending_data_size > 0:  # noqa: ASYNC110  nats-py has no event for it
-                    await asyncio.sleep(0)
-                pong = asyncio.ensure_future(self._client.flush(timeout=2 * PING_S + timeout_s))
-                pong.add_done_callback(_swallow)
-                await asyncio.wait({pong})
-                pong.result()
-        except (TimeoutError, nats.errors.Error):
+                await self._written()
+                pong = asyncio.ensure_future(self._client.flush(timeout=PONG_S_MAX))
+                pong.add_done_callback(functools.partial(_settle_flush, ask.answer))
+                await ask.answer
+        except TimeoutError:
             raise BusUnavailable(f"{self.url} did not answer a flush within {timeout_s:g} s") from None
-        if connection != self._connections:
-            raise BusUnavailable("the connection was lost during a flush")
+        finally:
+            del self._asks[token]
+
+    async def _written(self) -> None:
+        """Wait until nats-py has given its buffer to the socket; it has no event for it."""
+        pause_s = 0.0  # one turn of the loop is enough unless the broker is slow
+        while self._client.pending_data_size > 0:
+            await asyncio.sleep(pause_s)
+            pause_s = POLL_S
 
     async def end_interest(self, raw: NatsSubscription) -> None:
         """Tell the broker to send no more to a subscription, and hear all that it sent before it knew."""
@@ -440,7 +449,7 @@ class Bus:
                     size=self._client.pending_data_size,
                     limit=BUFFERED_BYTES_MAX,
                 )
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(POLL_S)
 
     async def request(
         self, subject: str, payload: bytes = b"", *, timeout_s: float = 2.0, headers: dict[str, str] | None = None
@@ -508,20 +517,25 @@ class Bus:
         headers = {header_names.MSG_ID: msg_id or token_hex(12), **(headers or {})}
         self._check_size(subject, payload, headers, self._client.max_payload)
         publish = functools.partial(self._store, subject, payload, headers)
-        return await self._retried(publish, timeout_s, f"no stream confirmed a message on {subject}")
+        return await self._retried(publish, timeout_s, f"no stream confirmed a message on {subject}", _may_pass)
 
-    async def _retried(self, attempt: Callable[[float], Awaitable[Any]], timeout_s: float, failed: str) -> Any:
-        """The result of the first attempt that the broker answers. Raises BusUnavailable at the end of the time."""
+    async def _retried(
+        self,
+        attempt: Callable[[float], Awaitable[T]],
+        timeout_s: float,
+        failed: str,
+        may_pass: Callable[[BusUnavailable], bool],
+    ) -> T:
+        """Attempt it until it succeeds. Raises what may not pass at once, BusUnavailable at the end of the time."""
         deadline_s = time.monotonic() + timeout_s
         pause_s = PAUSE_S_MIN
         while True:
             try:
                 return await attempt(min(ATTEMPT_S_MAX, deadline_s - time.monotonic()))
             except BusUnavailable as error:
-                final = isinstance(error, BrokerRefused) and error.error_number not in NO_LEADER
-                if final or time.monotonic() + pause_s >= deadline_s:
-                    if final:
-                        raise
+                if not may_pass(error):
+                    raise
+                if time.monotonic() + pause_s >= deadline_s:
                     raise BusUnavailable(f"{failed} within {timeout_s:g} s: {error}") from None
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, PAUSE_S_MAX)
@@ -544,16 +558,26 @@ class Bus:
         return PayloadTooLarge(message, field="payload", size=len(payload), limit=limit)
 
     async def api(self, operation: str, body: dict[str, Any] | None = None, timeout_s: float = API_S_MAX) -> Any:
-        """Ask JetStream's API. Raises BrokerRefused with its error number, NoResponders, BusUnavailable."""
+        """Ask JetStream's API, again where an outage or an election came between: every operation bears it.
+
+        Raises BrokerRefused with its error number, NoResponders where JetStream is off, BusUnavailable.
+        """
         payload = msgspec.json.encode(body) if body else b""
-        received = await self._ask(f"{names.JS_API}.{operation}", payload, None, timeout_s)
-        return answer_of(received.payload)
+        call = functools.partial(self._call_api, f"{names.JS_API}.{operation}", payload)
+        return await self._retried(call, timeout_s, f"JetStream did not answer {operation}", _may_pass_at_api)
+
+    async def _call_api(self, subject: str, payload: bytes, timeout_s: float) -> dict[str, Any]:
+        return answer_of((await self._ask(subject, payload, None, timeout_s)).payload)
 
     async def ack(self, delivery: Delivery, timeout_s: float = 5.0) -> bool:
-        """Settle a delivery. True: the broker confirmed it."""
+        """Settle a delivery. True: the broker confirmed it.
+
+        A broker that was killed may have forgotten that it handed the message out: it confirms nothing, and
+        delivers the message again, perhaps with the same attempt.
+        """
         settle = functools.partial(self._ask, delivery.ack_subject, b"+ACK", None)
         try:
-            await self._retried(settle, timeout_s, "an ack was not confirmed")
+            await self._retried(settle, timeout_s, "an ack was not confirmed", _may_pass)
         except BusUnavailable:
             return False
         return True
@@ -600,7 +624,7 @@ class Bus:
         """
         while True:
             read = functools.partial(self._read_batch, stream, subject, from_seq)
-            batch = await self._retried(read, timeout_s, f"stream {stream} could not be read")
+            batch = await self._retried(read, timeout_s, f"stream {stream} could not be read", _may_pass)
             for message in batch:
                 yield message
             if len(batch) < READ_BATCH:
@@ -722,7 +746,17 @@ def _without_password(url: str) -> str:
     return re.sub(r"//[^@/,]*@", "//", url)
 
 
-def _swallow(task: asyncio.Future[Any]) -> None:
-    """Take note of an exception that nobody waits for any more."""
-    if not task.cancelled():
-        task.exception()
+def _may_pass(error: BusUnavailable) -> bool:
+    """Whether to try again: the connection, a stream or a cluster's new leader may yet come."""
+    return not isinstance(error, BrokerRefused) or error.error_number in NO_LEADER
+
+
+def _may_pass_at_api(error: BusUnavailable) -> bool:
+    """As `_may_pass`, but where nobody listens, JetStream is off and stays off."""
+    return not isinstance(error, NoResponders) and _may_pass(error)
+
+
+def _settle_flush(answer: asyncio.Future[None], pong: asyncio.Future[None]) -> None:
+    """Pass on that the broker answered; of a flush that failed, only its own deadline tells."""
+    if not pong.cancelled() and pong.exception() is None and not answer.done():
+        answer.set_result(None)

@@ -99,7 +99,7 @@ async def presence(bus, make_presence) -> Presence:
 
 
 @pytest_asyncio.fixture
-async def other(connect, nats_server):
+async def other(nats_server, connect):
     """The connection of the workers."""
     return await connect(nats_server.url, name="workers")
 
@@ -149,6 +149,7 @@ async def test_a_card_without_a_heartbeat_is_not_ready(other, bus, make_presence
     """A worker that was killed leaves its card until it expires."""
     worker = await Worker(other, "w1").begin()
     await worker.vanish()
+    await other.flush()
     presence = await make_presence(bus)
     assert presence.known("m")
     assert not presence.ready("m")
