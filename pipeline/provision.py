@@ -55,6 +55,8 @@ def consumer_config(spec: ConsumerSpec) -> dict[str, Any]:
     }
     if spec.filter_subject:
         config["filter_subject"] = spec.filter_subject
+    if spec.priority_group:
+        config |= {"priority_groups": [spec.priority_group], "priority_policy": "prioritized"}
     return config
 
 

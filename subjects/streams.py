@@ -37,6 +37,8 @@ class ConsumerSpec:
     ack_wait_s: float = limits.LEASE_S
     max_deliver: int = 4 * limits.ATTEMPTS_MAX  # a backstop: the runner gives up at ATTEMPTS_MAX
     max_ack_pending: int = 65_536
+    priority_group: str | None = None
+    """With a group, its pull requests of the smallest priority number (0 to 9) are served first."""
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,21 @@ async def test_no_credit_asks_for_nothing(queue, log):
     await log.until(lambda items: len(items) == 1)
 
 
+async def test_the_first_in_priority_takes_everything_while_it_has_room(queue, connect, nats_server, log):
+    spec = ConsumerSpec(name="owned", stream=QUEUE.name, filter_subject="queue.b", priority_group="g")
+    backup = await connect(nats_server.url, name="backup")
+    owner = await queue.pull(spec, lambda delivery: log.add("owner"), credit=50, group="g", priority=0)
+    await backup.pull(spec, lambda delivery: log.add("backup"), credit=50, group="g", priority=5)
+    for i in range(50):
+        await queue.publish_durable("queue.b", b"%d" % i)
+    assert await log.until(lambda items: len(items) == 50) == ["owner"] * 50
+    await queue.publish_durable("queue.b", b"50")
+    await log.until(lambda items: items[50:] == ["backup"])
+    await owner.stop()
+    await queue.publish_durable("queue.b", b"51")
+    await log.until(lambda items: items[51:] == ["backup"])
+
+
 async def test_two_workers_share_everything_once(queue, connect, nats_server, log):
     other = await connect(nats_server.url, name="other")
     for member in (queue, other):
@@ -121,11 +136,11 @@ async def test_a_restart_loses_nothing_and_doubles_only_by_redelivery(nats_serve
 
 
 async def test_after_an_outage_the_free_slots_are_asked_again_exactly(nats_server, queue, log, back):
-    """Two of eight slots are taken when the broker dies: six are asked for afterwards."""
+    """Two of eight slots are taken when the broker goes: six are asked for afterwards."""
     await fill(queue, 2)
     puller = await queue.pull(TAKERS, log.add, credit=8)
     await log.until(lambda items: len(items) == 2)
-    nats_server.kill()
+    nats_server.stop()  # killed, it might have forgotten the two
     nats_server.start()
     await asyncio.wait_for(back.wait(), 3)
     for delivery in log.items:
