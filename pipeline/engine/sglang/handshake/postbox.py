@@ -6,6 +6,7 @@ that a killed process is noticed by the broker's "no responders" and a frozen on
 """
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -121,16 +122,22 @@ class Postbox:
         self._peers: dict[Address, _Peer] = {}
         self._by_number: list[_Peer] = []
         self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="handshake", daemon=True)
         self._started = threading.Event()
         self._start_error: PipelineError | None = None
 
     def start(self) -> None:
         """Connect and subscribe. Raises EngineStartError."""
-        threading.Thread(target=self._run, name="handshake", daemon=True).start()
+        self._thread.start()
         if not self._started.wait(2 * CONNECT_S):
             raise EngineStartError(f"the handshake did not reach the broker in {2 * CONNECT_S:.0f} s")
         if self._start_error is not None:
             raise EngineStartError(f"the handshake cannot start: {self._start_error}") from self._start_error
+
+    def close(self) -> None:
+        """Leave the bus: whoever writes to this address is told at once that nobody is there."""
+        self._loop.call_soon_threadsafe(self._work.cancel)
+        self._thread.join(CONNECT_S)
 
     def attach(self, resident: Resident) -> None:
         """From now on `resident` is told of peers and routes; it gets all routes known so far first."""
@@ -172,7 +179,11 @@ class Postbox:
             return
         finally:
             self._started.set()
-        await asyncio.gather(self._drain(), self._watch(), self._refresh())
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._work
+        finally:
+            await self._bus.close()
 
     async def _open(self) -> None:
         self._outbox: asyncio.Queue[tuple[str, bytes, dict[str, str], str]] = asyncio.Queue(MESSAGES_MAX)
@@ -183,6 +194,7 @@ class Postbox:
         self._bucket: Bucket = await self._bus.bucket(streams.ROUTES)
         await self._drop_former_rows()
         await self._bus.flush(CONNECT_S)
+        self._work = asyncio.gather(self._drain(), self._watch(), self._refresh())
 
     async def _drop_former_rows(self) -> None:
         """A worker of the same name has taken the former one's place."""
