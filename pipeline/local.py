@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -36,6 +37,8 @@ STEADY_S: Final = 60.0
 TAIL_BYTES: Final = 8192
 TAIL_LINES: Final = 12
 WATCH_S: Final = 0.1
+NOISE: Final = re.compile(r"Warning:|warnings\.warn")
+"""Log lines of libraries that tell nothing of how far a start has come."""
 
 log = structlog.get_logger()
 
@@ -49,6 +52,7 @@ class Child:
     log_path: Path
     process: asyncio.subprocess.Process | None = None
     state: str = "waiting"  # waiting, starting, ready, restarting, stopped
+    connected: bool = False  # since its last start a heartbeat has come
     restarts: int = 0
     started_unix_s: float = field(default_factory=time.time)
 
@@ -57,9 +61,11 @@ class Child:
         return self.settings.worker
 
     def doing(self) -> str:
-        """The last thing that its log says, in a few words."""
-        lines = tail(self.log_path)
-        return _in_words(lines[-1]) if lines else ""
+        """What it does while it starts, in a few words: the last thing that its log says."""
+        for line in reversed(tail(self.log_path)):
+            if not NOISE.search(line):
+                return _in_words(line)
+        return "connected; its engine starts" if self.connected else ""
 
     def last_words(self) -> str:
         """Why it ended: the sentence of its last error, else the end of its log."""
@@ -208,17 +214,20 @@ class LocalTopology:
                 stderr=log_file,
                 start_new_session=True,  # a group of its own: Ctrl-C reaches only us, and one signal its engine too
             )
-        child.state = "starting"
+        child.state, child.connected = "starting", False
         return await child.process.wait()
 
     def _note_ready(self) -> bool:
         """Take over from the heartbeats who is ready; whether all are."""
         assert self._presence
-        beats = [state.heartbeat for state in self._presence.workers() if state.heartbeat is not None]
-        ready_unix_s = {beat.worker: beat.sent_unix_s for beat in beats if beat.ready}
+        beats = {state.worker: state.heartbeat for state in self._presence.workers() if state.heartbeat is not None}
         for child in self.children:
+            beat = beats.get(child.name)
             # A heartbeat from before this start is of the process that ended.
-            if child.state == "starting" and ready_unix_s.get(child.name, 0) > child.started_unix_s:
+            if child.state != "starting" or beat is None or beat.sent_unix_s < child.started_unix_s:
+                continue
+            child.connected = True
+            if beat.ready:
                 child.state = "ready"
                 if child.restarts:
                     self.recent.append(f"{child.name} is ready again")
