@@ -34,6 +34,7 @@ echo "setup: installing into .venv with the extra '$extra' (once; about 2 GB on 
 links=${PIP_FIND_LINKS:-$("$python" -m pip config get global.find-links 2>/dev/null || true)}
 UV_FIND_LINKS=${UV_FIND_LINKS:-$(echo $links | tr ' ' ',')}
 [ -n "$UV_FIND_LINKS" ] && export UV_FIND_LINKS || unset UV_FIND_LINKS
-.venv/bin/uv pip install --python .venv/bin/python --config-file "$settings" --constraints "$pins" \
+# Compiled once here: every engine process imports thousands of modules, and some machines never write their bytecode.
+.venv/bin/uv pip install --python .venv/bin/python --compile-bytecode --config-file "$settings" --constraints "$pins" \
     --group dev --editable ".[$extra]"
 echo "$wanted" > .venv/installed
