@@ -1,0 +1,150 @@
+"""Every symbol of SGLang that the engine adapter leans on, checked before an engine starts.
+
+The same code runs with SGLang 0.5.17 and 0.5.21. The handshake has a list of its own: `handshake.compat`.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pipeline.errors import EngineStartError
+
+TRIED: Final = ("0.5.17", "0.5.21")
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A name in a module of SGLang and, for a callable, parameters that it must take."""
+
+    module: str
+    name: str  # dotted below the module
+    parameters: tuple[str, ...] | None = None
+
+
+_ENGINE: Final = "sglang.srt.entrypoints.engine"
+_MANAGER: Final = "sglang.srt.managers.tokenizer_manager"
+SYMBOLS: Final = (
+    Symbol(_ENGINE, "Engine.run_scheduler_process_func"),
+    Symbol(_ENGINE, "Engine.run_detokenizer_process_func"),
+    Symbol(_ENGINE, "Engine.get_all_child_pids", ("self",)),
+    Symbol(_ENGINE, "Engine.shutdown", ("self",)),
+    Symbol(_ENGINE, "run_data_parallel_controller_process"),
+    Symbol(_MANAGER, "TokenizerManager.generate_request", ("self", "obj", "request")),
+    Symbol(_MANAGER, "TokenizerManager.auto_create_handle_loop", ("self",)),
+    Symbol(_MANAGER, "TokenizerManager.handle_loop", ("self",)),
+    Symbol(_MANAGER, "TokenizerManager.get_loads", ("self",)),
+    Symbol(_MANAGER, "TokenizerManager.get_internal_state", ("self",)),
+    Symbol("sglang.srt.configs.model_config", "ModelConfig.get_default_sampling_params", ("self",)),
+    Symbol("sglang.srt.managers.scheduler", "run_scheduler_process", ("server_args", "port_args", "pipe_writer")),
+    Symbol("sglang.srt.managers.detokenizer_manager", "run_detokenizer_process", ("server_args", "port_args")),
+    Symbol(
+        "sglang.srt.managers.data_parallel_controller",
+        "run_data_parallel_controller_process",
+        ("server_args", "port_args", "pipe_writer", "run_scheduler_process_func"),
+    ),
+    Symbol(
+        "sglang.srt.managers.io_struct",
+        "GenerateReqInput",
+        (
+            "rid",
+            "input_ids",
+            "sampling_params",
+            "stream",
+            "return_logprob",
+            "logprob_start_len",
+            "top_logprobs_num",
+            "return_text_in_logprobs",
+            "bootstrap_host",
+            "bootstrap_port",
+            "bootstrap_room",
+        ),
+    ),
+    Symbol(
+        "sglang.srt.sampling.sampling_params",
+        "SamplingParams",
+        (
+            "max_new_tokens",
+            "min_new_tokens",
+            "stop",
+            "stop_token_ids",
+            "ignore_eos",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "frequency_penalty",
+            "presence_penalty",
+            "repetition_penalty",
+            "sampling_seed",
+            "logit_bias",
+            "json_schema",
+            "regex",
+            "ebnf",
+            "skip_special_tokens",
+            "no_stop_trim",
+            "stream_interval",
+        ),
+    ),
+    Symbol("sglang.srt.server_args", "ServerArgs", ("model_path", "incremental_streaming_output")),
+    Symbol("sglang.srt.server_args", "ServerArgs.add_cli_args", ("parser",)),
+    Symbol("sglang.srt.plugins.hook_registry", "HookRegistry.register", ("target", "hook", "hook_type")),
+    Symbol("sglang.srt.plugins.hook_registry", "HookType.REPLACE"),
+    Symbol("sglang.srt.plugins.hook_registry", "HookType.BEFORE"),
+)
+
+TEXTS: Final = (
+    Symbol(_ENGINE, "Engine.__init__"),
+    Symbol(_MANAGER, "TokenizerManager.auto_create_handle_loop"),
+    Symbol(_MANAGER, "TokenizerManager.init_running_status"),
+)
+_LINES: Final = {
+    "Engine.__init__": ("self.tokenizer_manager = tokenizer_manager", "atexit.register(self.shutdown)"),
+    "TokenizerManager.auto_create_handle_loop": ("if self.event_loop is not None:\n            return",),
+    "TokenizerManager.init_running_status": ("self.event_loop = None", "self._subprocess_watchdog = None"),
+}
+"""Text that must stand in these functions, where a name alone does not show how it is used."""
+
+
+def differences(symbols: tuple[Symbol, ...] = SYMBOLS, texts: tuple[Symbol, ...] = TEXTS) -> Iterator[str]:
+    """A phrase for each thing that the installed SGLang does not have as expected. Imports SGLang."""
+    for module in dict.fromkeys(symbol.module for symbol in symbols + texts):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            yield f"{module} cannot be imported: {error}"
+            return  # the others would only repeat it
+    for symbol in symbols:
+        found = _find(symbol)
+        if found is None:
+            yield f"{symbol.module}.{symbol.name} is missing"
+            continue
+        has = inspect.signature(found).parameters if symbol.parameters else {}
+        lacking = [name for name in symbol.parameters or () if name not in has]
+        if lacking:
+            yield f"{symbol.module}.{symbol.name} takes no {', '.join(lacking)}"
+    for symbol in texts:
+        found = _find(symbol)
+        source = inspect.getsource(found) if found else ""
+        for line in _LINES[symbol.name]:
+            if line not in source:
+                yield f"{symbol.module}.{symbol.name} no longer has `{line}`"
+
+
+def check() -> None:
+    """Raises EngineStartError with every difference."""
+    if found := tuple(differences()):
+        version = importlib.import_module("sglang").__version__
+        raise EngineStartError(
+            f"SGLang {version} does not fit this adapter (made for {' and '.join(TRIED)}): {'; '.join(found)}"
+        )
+
+
+def _find(symbol: Symbol) -> Any:
+    """The thing itself; None where there is none."""
+    try:
+        return functools.reduce(getattr, symbol.name.split("."), importlib.import_module(symbol.module))
+    except AttributeError:
+        return None

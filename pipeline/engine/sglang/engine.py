@@ -1,0 +1,231 @@
+"""SGLang behind the pipeline's Engine protocol."""
+
+import asyncio
+import signal
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from importlib.metadata import version
+from typing import Any, Final
+
+import structlog
+
+from pipeline.engine.protocol import EngineInfo, EngineOutput, EngineRequest
+from pipeline.engine.sglang import launch, outputs, requests
+from pipeline.errors import EngineFailed, InvalidRequest, PipelineError
+from pipeline.models import prepare_model
+from subjects.messages import Load
+
+INFO_S_MAX: Final = 60.0
+"""How long a started scheduler may take to answer its first question."""
+CLOSE_S_MAX: Final = 30.0
+_DISAGGREGATION: Final = {"null": "aggregated", "prefill": "prefill", "decode": "decode"}
+log = structlog.get_logger()
+
+
+class SglangEngine:
+    """Implements `pipeline.engine.protocol.Engine` with SGLang in this process and its children.
+
+    One engine a process. `server_args` are SGLang's own fields; see `server_args.resolve`.
+    """
+
+    def __init__(self, model_path: str, server_args: Mapping[str, Any]) -> None:
+        self._model_path = model_path
+        self._server_args = dict(server_args)
+        # SGLang's children die with the thread that started them: it must live as long as they.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sglang-launch")
+        self._launched: asyncio.Future[Any] | None = None  # a sglang.Engine
+        self._given_up = threading.Event()
+        self._others: frozenset[int] = frozenset()  # ids of children that are not SGLang's
+        self._manager: Any = None  # SGLang's TokenizerManager
+        self._reading: asyncio.Task[None] | None = None  # its loop over what SGLang's processes send
+        self._defaults: dict[str, Any] = {}  # the model's own sampling parameters
+        self._streams: dict[str, _Stream] = {}  # by rid
+        self._death: asyncio.Future[str] | None = None  # why nothing can be generated any more
+        self._previous_sigquit: Any = None
+
+    async def start(self) -> EngineInfo:
+        """Load the model; the event loop stays free meanwhile. Raises ConfigError or EngineStartError."""
+        loop = asyncio.get_running_loop()
+        self._death = loop.create_future()
+        self._watch_for_death(loop)
+        self._others = launch.children()
+        self._launched = loop.run_in_executor(self._thread, self._launch)
+        self._manager = (await asyncio.shield(self._launched)).tokenizer_manager
+        self._read_outputs(loop)
+        self._defaults = {
+            name: value
+            for name, value in self._manager.model_config.get_default_sampling_params().items()
+            if value is not None
+        }
+        async with asyncio.timeout(INFO_S_MAX):
+            (state, *_) = await self._manager.get_internal_state()
+        return self._info(state)
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        """See `Engine.generate`."""
+        self._refuse_if_dead()
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        if request.rid in self._streams:
+            raise InvalidRequest(f"the engine already has a request {request.rid!r}", field="rid")
+        given = GenerateReqInput(**requests.arguments(request, self._defaults))
+        stream = self._streams[request.rid] = _Stream(self._manager.generate_request(given, None))
+        try:
+            while True:
+                output = outputs.step(
+                    await stream.next(),
+                    logprobs=request.output.logprobs,
+                    top_logprobs=request.output.top_logprobs,
+                )
+                yield output
+                if output.finish_reason is not None:
+                    return
+        finally:
+            del self._streams[request.rid]
+            await stream.close()
+
+    async def load(self) -> Load:
+        """What SGLang's schedulers reported last; they do so at every step."""
+        self._refuse_if_dead()
+        loads = await self._manager.get_loads()
+        return Load(
+            running=sum(one.num_running_reqs for one in loads),
+            waiting=sum(one.num_waiting_reqs for one in loads),
+            kv_tokens_used=sum(one.num_used_tokens for one in loads),
+            kv_tokens=sum(one.max_total_num_tokens for one in loads),
+        )
+
+    async def died(self) -> str:
+        """Wait until nothing can be generated any more, be it for a crash or for `close`; the reason."""
+        assert self._death is not None, "the engine is started first"
+        return await asyncio.shield(self._death)
+
+    async def close(self) -> None:
+        """End SGLang's processes. Also while `start` is at work, which then fails."""
+        self._die("the engine was closed")
+        self._given_up.set()
+        if self._reading is not None:
+            self._reading.cancel()
+        if self._launched is not None:
+            await self._end_processes(self._launched)
+            self._launched = None
+        if self._previous_sigquit is not None and _in_main_thread():
+            signal.signal(signal.SIGQUIT, self._previous_sigquit)
+            self._previous_sigquit = None
+        self._thread.shutdown(wait=False)
+
+    def _launch(self) -> Any:
+        """Runs in the engine's own thread."""
+        path = prepare_model(self._model_path)
+        return launch.launch(str(path), self._server_args, self._given_up)
+
+    def _read_outputs(self, loop: asyncio.AbstractEventLoop) -> None:
+        """What SGLang's `auto_create_handle_loop` does at the first request, and no more.
+
+        Its handlers for SIGTERM and SIGQUIT would take the place of the worker's, and it would end this process
+        where the loop fails.
+        """
+        self._manager.event_loop = loop
+        self._reading = asyncio.create_task(self._manager.handle_loop(), name="sglang-outputs")
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled():
+                self._die(f"SGLang's output loop failed: {task.exception()!r}")
+
+        self._reading.add_done_callback(ended)
+
+    def _watch_for_death(self, loop: asyncio.AbstractEventLoop) -> None:
+        """SGLang's processes, and its watchdog over them, tell of a death by SIGQUIT to this process."""
+        if not _in_main_thread():
+            return  # signals are the main thread's; a death then ends the process, as signals do
+
+        def on_sigquit(signum: int, frame: Any) -> None:
+            loop.call_soon_threadsafe(self._die, "a process of SGLang ended; its log says why")
+
+        self._previous_sigquit = signal.signal(signal.SIGQUIT, on_sigquit)
+
+    def _die(self, reason: str) -> None:
+        """Fail what is being generated, and all that comes. The first reason counts."""
+        if self._death is None or self._death.done():
+            return
+        self._death.set_result(reason)
+        if self._streams:
+            log.error("engine_died", reason=reason, in_flight=len(self._streams))
+        for stream in self._streams.values():
+            stream.fail(EngineFailed(reason))
+
+    def _refuse_if_dead(self) -> None:
+        if self._death is None or self._manager is None:
+            raise EngineFailed("the engine is not started")
+        if self._death.done():
+            raise EngineFailed(self._death.result())
+
+    async def _end_processes(self, launched: asyncio.Future[Any]) -> None:
+        """Kill SGLang's processes, those included that a start in progress makes meanwhile."""
+        deadline_s = asyncio.get_running_loop().time() + CLOSE_S_MAX
+        while not launched.done() and asyncio.get_running_loop().time() < deadline_s:
+            await asyncio.to_thread(launch.kill, launch.children() - self._others)
+            await asyncio.wait({launched}, timeout=0.2)
+        if launched.done() and not launched.cancelled() and launched.exception() is None:
+            await asyncio.to_thread(launch.end, launched.result())
+        await asyncio.to_thread(launch.kill, launch.children() - self._others)
+
+    def _info(self, state: Mapping[str, Any]) -> EngineInfo:
+        """From a scheduler's resolved settings and measured capacities."""
+        kv_tokens = state["memory_usage"]["token_capacity"]
+        dp_size = state["dp_size"]
+        return EngineInfo(
+            name=f"sglang {version('sglang')}",
+            model_path=self._model_path,
+            context_len_tokens=min(self._manager.context_len, kv_tokens),
+            max_running_requests=state["effective_max_running_requests_per_dp"] * dp_size,
+            max_prefill_tokens=state["max_prefill_tokens"],
+            kv_blocks=kv_tokens // state["page_size"] * dp_size,
+            kv_block_tokens=state["page_size"],
+            disaggregation=_DISAGGREGATION[state["disaggregation_mode"]],
+            dp_size=dp_size,
+            tp_size=state["tp_size"],
+            reasoning_parser=state["reasoning_parser"],
+            tool_call_parser=state["tool_call_parser"],
+        )
+
+
+class _Stream:
+    """One request's chunks, read by a task of its own, so that a death of the engine reaches a waiting reader."""
+
+    def __init__(self, chunks: AsyncGenerator[dict[str, Any], None]) -> None:
+        self._chunks: asyncio.Queue[dict[str, Any] | PipelineError] = asyncio.Queue()  # at most max_tokens
+        self._task = asyncio.create_task(self._read(chunks))
+
+    async def next(self) -> dict[str, Any]:
+        """The next chunk. Raises InvalidRequest where SGLang refuses the request, EngineFailed where it broke."""
+        chunk = await self._chunks.get()
+        if isinstance(chunk, PipelineError):
+            raise chunk
+        return chunk
+
+    def fail(self, error: PipelineError) -> None:
+        self._chunks.put_nowait(error)
+
+    async def close(self) -> None:
+        """Stop reading; SGLang then aborts the request and frees its KV, unless it has ended."""
+        self._task.cancel()
+        await asyncio.wait({self._task})
+
+    async def _read(self, chunks: AsyncGenerator[dict[str, Any], None]) -> None:
+        try:
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    self._chunks.put_nowait(chunk)
+            self.fail(EngineFailed("SGLang ended the output without saying why"))
+        except ValueError as error:  # what SGLang raises for a request that it does not take
+            self.fail(requests.refusal(str(error)))
+        except Exception as error:  # the guard around foreign code: the reader must not wait for ever
+            log.exception("generate_failed", code=type(error).__name__)
+            self.fail(EngineFailed(f"SGLang failed: {error!r}"))
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

@@ -1,0 +1,107 @@
+"""Starting and ending SGLang's processes."""
+
+import atexit
+import functools
+import logging
+import multiprocessing
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+
+from pipeline.engine.sglang import compat, cpu_platform, processes, server_args
+from pipeline.engine.sglang.handshake import from_environment, install
+from pipeline.errors import EngineStartError, PipelineError
+
+KILL_S_MAX: Final = 10.0
+
+
+def launch(model_path: str, given: Mapping[str, Any], given_up: threading.Event) -> Any:
+    """Start SGLang's processes and load the model; returns a `sglang.Engine`. Blocks for 10 s to minutes.
+
+    Run it in a thread that lives until the engine has ended: Linux kills SGLang's children with the *thread* that
+    started them. Raises ConfigError for a wrong setting, EngineStartError for all else; no process is left then.
+    Once `given_up` is set it starts nothing.
+    """
+    cpu_platform.prepare()
+    compat.check()
+    if (handshake := from_environment()) is not None:
+        install(handshake)
+    arguments = server_args.resolve(model_path, given)
+    before = children()
+    if given_up.is_set():
+        raise EngineStartError("the engine was closed while it started")
+    with tempfile.TemporaryDirectory(prefix="sglang-nats-") as folder, _root_logging_kept():
+        words = Path(folder) / "last-words"
+        try:
+            return _engine_class(words)(**arguments)
+        except PipelineError:
+            raise
+        except Exception as error:  # the guard around all that SGLang does at start
+            kill(children() - before)
+            reason = words.read_text() if words.exists() else str(error) or type(error).__name__
+            raise EngineStartError(f"SGLang cannot start {model_path}: {reason}") from error
+
+
+def end(engine: Any) -> None:
+    """End a started engine's processes, and its hold on this one. Blocks for up to `KILL_S_MAX`.
+
+    Not by `Engine.shutdown`, which kills every child of this process, SGLang's or not.
+    """
+    atexit.unregister(engine.shutdown)
+    engine.tokenizer_manager._subprocess_watchdog.stop()
+    if engine.send_to_rpc is not None:
+        engine.send_to_rpc.close(linger=0)
+    kill(engine.get_all_child_pids())
+
+
+def children() -> frozenset[int]:
+    """The ids of the processes that this one started through multiprocessing, as SGLang does."""
+    return frozenset(child.pid for child in multiprocessing.active_children() if child.pid is not None)
+
+
+def kill(pids: Iterable[int]) -> None:
+    """End processes and their descendants, and wait until they are gone."""
+    doomed: list[psutil.Process] = []
+    for pid in pids:
+        try:
+            process = psutil.Process(pid)
+            doomed += [process, *process.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            continue
+    for process in doomed:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(doomed, timeout=KILL_S_MAX)
+
+
+def _engine_class(last_words: Path) -> type:
+    """SGLang's Engine with our entry functions for its processes."""
+    from sglang.srt.entrypoints import engine
+
+    if not cpu_platform.accelerator_present():
+        # The controller is named in no field of Engine; its schedulers are given to it as they are here.
+        engine.run_data_parallel_controller_process = processes.run_data_parallel_controller
+
+    class PipelineEngine(engine.Engine):
+        run_scheduler_process_func = functools.partial(processes.run_scheduler, last_words=last_words)
+        run_detokenizer_process_func = functools.partial(processes.run_detokenizer, last_words=last_words)
+
+    return PipelineEngine
+
+
+@contextmanager
+def _root_logging_kept() -> Iterator[None]:
+    """SGLang replaces the root logger's handlers and level with its own: put the process's back."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
+    finally:
+        root.handlers[:], root.level = handlers, level

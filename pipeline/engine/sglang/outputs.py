@@ -1,0 +1,58 @@
+"""SGLang's output chunks as steps of the pipeline. Pure: needs no SGLang.
+
+A chunk is `{"text", "output_ids", "meta_info"}`, each piece new since the chunk before (SGLang's incremental
+streaming); `meta_info["finish_reason"]` is a dictionary on the last one.
+"""
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from pipeline.engine.protocol import EngineOutput
+from pipeline.engine.sglang.requests import refusal
+from pipeline.errors import EngineFailed
+from subjects.codec import NO_TOKENS, TokenIds
+from subjects.messages import PositionLogprobs, TokenLogprob
+
+
+def step(chunk: Mapping[str, Any], *, logprobs: bool, top_logprobs: int) -> EngineOutput:
+    """One chunk as a step. Raises InvalidRequest or EngineFailed where SGLang ended the request for that reason."""
+    meta = chunk["meta_info"]
+    finish = meta["finish_reason"]
+    if finish and finish["type"] == "abort":
+        return _aborted(finish)
+    token_ids = chunk["output_ids"]
+    return EngineOutput(
+        token_ids=TokenIds.of(token_ids),
+        text=chunk["text"],
+        logprobs=_logprobs(meta, len(token_ids), top_logprobs) if logprobs else None,
+        finish_reason=finish["type"] if finish else None,
+        matched_stop=finish.get("matched") if finish else None,
+        cached_tokens=meta["cached_tokens"] if finish else 0,
+    )
+
+
+def _aborted(finish: Mapping[str, Any]) -> EngineOutput:
+    """The end of a request that was taken back. Its chunk repeats tokens that were already given: they are dropped."""
+    status, message = finish.get("status_code"), finish.get("message") or "the engine gave up"
+    if status == HTTPStatus.BAD_REQUEST:
+        raise refusal(message)
+    if status is not None:
+        raise EngineFailed(message)
+    return EngineOutput(token_ids=NO_TOKENS, finish_reason="abort")
+
+
+def _logprobs(meta: Mapping[str, Any], count: int, top_count: int) -> tuple[PositionLogprobs, ...]:
+    """The last `count` positions' log probabilities, each with `top_count` alternatives."""
+    if count == 0:
+        return ()
+    chosen = meta["output_token_logprobs"][-count:]
+    tops: Sequence[Any] = meta["output_top_logprobs"][-count:] if top_count else [()] * count
+    return tuple(
+        PositionLogprobs(chosen=_logprob(*one), top=tuple(_logprob(*other) for other in top or ()))
+        for one, top in zip(chosen, tops, strict=True)
+    )
+
+
+def _logprob(logprob: float, token_id: int, text: str | None) -> TokenLogprob:
+    return TokenLogprob(token_id=token_id, logprob=logprob, text=text)

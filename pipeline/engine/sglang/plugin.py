@@ -1,0 +1,25 @@
+"""What SGLang loads in each of its processes: the entry point `sglang.srt.plugins` of this distribution.
+
+SGLang calls `register()` in the process of the engine before it reads its settings, and in every scheduler before
+the scheduler is made, and then applies the hooks that were registered. By then SGLang itself is imported: what must
+come before that is in `pipeline.engine.sglang.cpu_platform.prepare`, called from elsewhere.
+"""
+
+import os
+import sys
+
+from pipeline.engine.sglang import cpu_platform
+from pipeline.engine.sglang.handshake import from_environment, install
+from pipeline.errors import EngineStartError
+
+
+def register() -> None:
+    """Fit SGLang to this machine, and its prefill-decode handshake to NATS where the worker asked for it."""
+    try:
+        cpu_platform.patch()
+        if (handshake := from_environment()) is not None:
+            install(handshake)
+    except EngineStartError as error:
+        # SGLang would log what a plugin raises and go on without it.
+        print(f"sglang-nats: {error}", file=sys.stderr, flush=True)
+        os._exit(1)

@@ -1,0 +1,53 @@
+"""The entry functions of SGLang's child processes.
+
+A spawned process first unpickles the function that it shall run, and so imports this module before anything of
+SGLang. That is the moment for what has to come before SGLang's import; see `cpu_platform`.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from pipeline.engine.sglang import cpu_platform
+
+cpu_platform.prepare()
+
+
+def run_scheduler(*args: Any, last_words: Path, **kwargs: Any) -> Any:
+    """SGLang's scheduler; what it dies of is left in the file `last_words`."""
+    _keep_last_words("sglang.srt.managers.scheduler", last_words)
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    return run_scheduler_process(*args, **kwargs)
+
+
+def run_detokenizer(*args: Any, last_words: Path, **kwargs: Any) -> Any:
+    """SGLang's detokenizer; what it dies of is left in the file `last_words`."""
+    _keep_last_words("sglang.srt.managers.detokenizer_manager", last_words)
+    from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
+
+    return run_detokenizer_process(*args, **kwargs)
+
+
+def run_data_parallel_controller(*args: Any, **kwargs: Any) -> Any:
+    """SGLang's controller of several schedulers."""
+    from sglang.srt.managers.data_parallel_controller import run_data_parallel_controller_process
+
+    return run_data_parallel_controller_process(*args, **kwargs)
+
+
+class _LastWords(logging.Handler):
+    """Writes the last line of each error to a file: SGLang logs the reason of a death and nothing else."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(logging.ERROR)
+        self._file = file
+
+    def emit(self, record: logging.LogRecord) -> None:
+        lines = record.getMessage().strip().splitlines()
+        if lines:
+            self._file.write_text(lines[-1])
+
+
+def _keep_last_words(logger: str, file: Path) -> None:
+    logging.getLogger(logger).addHandler(_LastWords(file))

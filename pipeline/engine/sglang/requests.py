@@ -1,0 +1,80 @@
+"""A request of the pipeline in SGLang's words. Pure: needs no SGLang."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from pipeline.engine.protocol import EngineRequest
+from pipeline.errors import InvalidRequest
+
+_STEP_TOKENS_WITHOUT_STREAMING: Final = 50
+"""How often SGLang reports on an output that nobody reads before its end."""
+
+_OUR_NAMES: Final = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "sampling_seed": "seed",
+    "context length": "max_tokens",
+}
+"""Fields that SGLang's refusals name differently."""
+
+_NAMED: Final = re.compile(
+    r"max_new_tokens|min_new_tokens|sampling_seed|temperature|top_p|top_k|min_p|frequency_penalty|presence_penalty|"
+    r"repetition_penalty|logit_bias|stop_token_ids|stop|json_schema|regex|ebnf|top_logprobs|context length"
+)
+
+
+def arguments(request: EngineRequest, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of SGLang's GenerateReqInput.
+
+    `defaults` are the model's own sampling parameters (generation_config.json), used where the request leaves one open.
+    """
+    output = request.output
+    given = {
+        "rid": request.rid,
+        "input_ids": request.token_ids.tolist(),
+        "sampling_params": sampling_params(request, defaults),
+        "stream": True,
+    }
+    if output.logprobs:
+        given |= {
+            "return_logprob": True,
+            "logprob_start_len": -1,  # of the output alone
+            "top_logprobs_num": output.top_logprobs,
+            "return_text_in_logprobs": True,
+        }
+    return given
+
+
+def sampling_params(request: EngineRequest, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """SGLang's SamplingParams as a dictionary. What is None here is left to `defaults`, then to SGLang."""
+    stop, sampling, output = request.stop, request.sampling, request.output
+    given = {
+        "max_new_tokens": stop.max_tokens,
+        "min_new_tokens": stop.min_tokens,
+        "stop": list(stop.stop) or None,
+        "stop_token_ids": list(stop.stop_token_ids) or None,
+        "ignore_eos": stop.ignore_eos,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "frequency_penalty": sampling.frequency_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "repetition_penalty": sampling.repetition_penalty,
+        "sampling_seed": sampling.seed,
+        "logit_bias": sampling.logit_bias,
+        "json_schema": sampling.json_schema,
+        "regex": sampling.regex,
+        "ebnf": sampling.ebnf,
+        "skip_special_tokens": output.skip_special_tokens,
+        "no_stop_trim": output.no_stop_trim,
+        "stream_interval": None if output.stream else _STEP_TOKENS_WITHOUT_STREAMING,
+    }
+    return dict(defaults) | {name: value for name, value in given.items() if value is not None}
+
+
+def refusal(message: str) -> InvalidRequest:
+    """What SGLang refused, with the field that its sentence names first."""
+    found = _NAMED.search(message)
+    return InvalidRequest(message, field=_OUR_NAMES.get(found[0], found[0]) if found else None)
