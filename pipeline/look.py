@@ -1,0 +1,132 @@
+"""`request`, `workers` and `streams`: ask a model, and look at who is there and what waits."""
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any, Final
+
+import msgspec
+
+from pipeline.bus import Bus
+from pipeline.client import Client
+from pipeline.errors import BrokerRefused, ConfigError
+from pipeline.presence import Presence
+from pipeline.screen import Answer, err, out, table
+from subjects import streams
+from subjects.codec import Format, encode
+from subjects.messages import Request
+
+HEARD_S: Final = 1.3
+"""Long enough to hear one heartbeat of everyone."""
+CONNECT_S_MAX: Final = 3.0
+"""A command that only looks does not wait longer for a broker."""
+
+
+async def ask(url: str, model: str | None, fields: dict[str, Any], *, as_frames: bool) -> int:
+    """Send one request and print its answer; the exit code. Raises SetupError or Transient with a sentence."""
+    rest = dict(fields)
+    of_file = rest.pop("model", None)
+    named = model or of_file or await _only_model(url)
+    async with Client.connect(url) as client:
+        answer = await stream_answer(client, named, rest, as_frames=as_frames)
+    for failure in answer.failures:
+        place = f" ({failure.field})" if failure.field else ""
+        print(f"sglang-nats: {failure.code}{place}: {failure.message}", file=sys.stderr)
+    err.print(answer.timing(), style="dim")
+    return 1 if answer.failures else 0
+
+
+async def stream_answer(client: Client, model: str, fields: dict[str, Any], *, as_frames: bool = False) -> Answer:
+    """Send a request and print its frames as they come: one choice as a stream, several one after another.
+
+    Raises ConfigError where `fields` are not those of a request.
+    """
+    try:
+        choices = msgspec.convert(fields, Request).n
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"this is no request: {error}", field="json") from None
+    answer = Answer()
+    texts = [""] * choices
+    async with aclosing(client.generate(model=model, **fields)) as frames:
+        async for frame in frames:
+            text = answer.add(frame)
+            texts[frame.choice] += text
+            if as_frames:
+                print(encode(frame, Format.JSON).decode(), flush=True)
+            elif choices == 1:
+                print(text, end="", flush=True)
+    if not as_frames:
+        print("" if choices == 1 else "\n".join(f"[{index}] {text}" for index, text in enumerate(texts)))
+    return answer
+
+
+async def _only_model(url: str) -> str:
+    """The model that is served where only one is. Raises ConfigError where there are none or several."""
+    async with _looking(url) as (_, presence):
+        models = sorted(presence.models())
+    if len(models) == 1:
+        return models[0]
+    found = f"there are {', '.join(models)}" if models else "no worker has registered one yet"
+    raise ConfigError(f"say which model with --model NAME: {found}", field="model")
+
+
+async def show_workers(url: str) -> None:
+    """Print a table of the workers that are heard of."""
+    with err.status("listening for heartbeats"):
+        async with _looking(url) as (_, presence):
+            await asyncio.sleep(HEARD_S)
+            states = presence.workers()
+    rows = []
+    for state in states:
+        beat, card = state.heartbeat, state.card
+        if beat is None:
+            continue
+        takes = "draining" if beat.draining else "ready" if beat.ready else "starting"
+        kv = f"{beat.load.kv_tokens_used:,}/{beat.load.kv_tokens:,}" if beat.load.kv_tokens else "-"
+        slots = f"{beat.in_flight}/{beat.slots}" if beat.slots else str(beat.in_flight)
+        rows.append((beat.worker, beat.role, beat.model or "-", takes, slots, kv, card.engine if card else "-"))
+    heads = ("Worker", "Role", "Model", "State", "In flight", "KV tokens", "Engine")
+    out.print(table("", heads, sorted(rows)) if rows else "no worker is up")
+
+
+async def show_streams(url: str) -> None:
+    """Print a table of the streams and one of their consumers."""
+    async with _looking(url) as (bus, presence):
+        rows = [await _stream_row(bus, spec) for spec in streams.STREAMS]
+        readers = [await _consumer_row(bus, spec) for spec in streams.all_consumers(presence.models())]
+    out.print(table("Streams", ("Stream", "Messages", "Bytes", "Consumers", "Holds"), rows))
+    out.print()
+    heads = ("Consumer", "Stream", "Waiting", "In work", "Came again", "Open pulls")
+    out.print(table("Consumers", heads, readers))
+
+
+async def _stream_row(bus: Bus, spec: streams.StreamSpec) -> tuple[str, ...]:
+    try:
+        state = await bus.stream_state(spec.name)
+    except BrokerRefused:
+        return (spec.name, "missing", "-", "-", spec.about)
+    return (spec.name, f"{state.messages:,}", f"{state.bytes:,}", str(state.consumers), spec.about)
+
+
+async def _consumer_row(bus: Bus, spec: streams.ConsumerSpec) -> tuple[str, ...]:
+    try:
+        state = await bus.consumer_state(spec.stream, spec.name)
+    except BrokerRefused:
+        return (spec.name, spec.stream, "missing", "-", "-", "-")
+    figures = (state.pending, state.ack_pending, state.redelivered, state.waiting)
+    return (spec.name, spec.stream, *(f"{figure:,}" for figure in figures))
+
+
+@contextlib.asynccontextmanager
+async def _looking(url: str) -> AsyncIterator[tuple[Bus, Presence]]:
+    """A connection and the presence seen through it, closed in any case."""
+    bus = await Bus.connect(url, name="cli", timeout_s=CONNECT_S_MAX)
+    try:
+        presence = Presence(bus)
+        await presence.start()
+        yield bus, presence
+        await presence.close()
+    finally:
+        await bus.close()
