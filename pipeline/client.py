@@ -13,11 +13,11 @@ from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from pipeline.bus import Bus, Received, Subscription
-from pipeline.errors import DeadlineExceeded
+from pipeline.errors import DeadlineExceeded, InvalidRequest
 from pipeline.progress import Progress
 from subjects import headers, names
 from subjects.codec import decode, encode
-from subjects.limits import REQUEST_S_DEFAULT
+from subjects.limits import CHOICES_MAX, REQUEST_S_DEFAULT
 from subjects.messages import Cancel, Frame, Request
 
 GRACE_S: Final = 5.0
@@ -53,6 +53,7 @@ class Client:
         with `error`. Closing the iterator early cancels the request.
 
         Raises:
+            InvalidRequest: `n` is out of its limits, so there is no telling how many frames end it.
             Overloaded: the model's queue is full.
             PayloadTooLarge: the request is larger than a subject carries.
             BusUnavailable: the broker did not acknowledge the request.
@@ -62,17 +63,21 @@ class Client:
         fields.setdefault("stream", True)
         deadline_unix_s = fields.setdefault("deadline", time.time() + REQUEST_S_DEFAULT)
         request = Request(**fields)
+        if not 1 <= request.n <= CHOICES_MAX:
+            raise InvalidRequest(
+                f"n: {request.n} choices; 1 to {CHOICES_MAX} can be asked for", field="n", size=request.n
+            )
         frames = self._streams[request_id] = asyncio.Queue()
         done = False
         try:
             await self._bus.publish_durable(
                 names.REQUESTS.of(model=model),
                 encode(request),
-                msg_id=request_id,
+                msg_id=f"{self.name}.{request_id}",
                 headers={headers.CLIENT: self.name},
             )
             progress: dict[int, Progress] = {}
-            while sum(choice.end is not None for choice in progress.values()) < max(1, request.n):
+            while sum(choice.end is not None for choice in progress.values()) < request.n:
                 frame = await self._next(frames, deadline_unix_s)
                 if new := progress.setdefault(frame.choice, Progress()).add(frame):
                     yield new

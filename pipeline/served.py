@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 
 from pipeline.chat import ChatTokenizer, LoadedModel
-from pipeline.errors import DeadlineExceeded, UnknownModel
+from pipeline.errors import DeadlineExceeded, SetupError, UnknownModel
 from pipeline.models import prepare_model
 from pipeline.presence import Presence
 from subjects.messages import ModelCard
@@ -42,7 +42,13 @@ class ServedModels:
             if not await self._presence.wait_ready(model, ROLE, timeout_s=until_unix_s - time.time()):
                 raise DeadlineExceeded(f"deadline: no worker served {model!r} before it passed", field="deadline")
         cards = self._cards(model)
-        tokenizer = await self._tokenizer(self._declared.get(model) or cards[0].model_path)
+        path = self._declared.get(model) or cards[0].model_path
+        try:
+            tokenizer = await self._tokenizer(path)
+        except SetupError as error:
+            raise UnknownModel(
+                f"model: {model!r} is served, but its tokenizer cannot be read here: {error}", field="model"
+            ) from None
         return LoadedModel(
             name=model,
             tokenizer=tokenizer,

@@ -69,9 +69,9 @@ def stage(*, name: str, takes: type[T], answer: Answer) -> Callable[[Run], Stage
     return lambda run: Stage(name=name, takes=takes, run=run, answer=answer)
 
 
-def terminal_msg_id(request_id: str, choice: int) -> str:
+def terminal_msg_id(client: str, request_id: str, choice: int) -> str:
     """The `Nats-Msg-Id` of a choice's last frame: JetStream keeps the first and marks a second as duplicate."""
-    return f"{request_id}.{choice}.end"
+    return f"{client}.{request_id}.{choice}.end"
 
 
 def emit_frame(client: str, request_id: str, frame: Frame, form: Format = Format.MSGPACK) -> Emit:
@@ -79,7 +79,7 @@ def emit_frame(client: str, request_id: str, frame: Frame, form: Format = Format
     return Emit(
         subject=names.RESPONSES.of(client=client, request_id=request_id),
         payload=encode(frame, form),
-        msg_id=terminal_msg_id(request_id, frame.choice) if frame.finish_reason else None,
+        msg_id=terminal_msg_id(client, request_id, frame.choice) if frame.finish_reason else None,
         frame=frame,
     )
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Final, Protocol
 
 from pipeline.chat import LoadedModel
-from pipeline.errors import DeadlineExceeded, PayloadTooLarge, Permanent, PipelineError
+from pipeline.errors import DeadlineExceeded, PayloadTooLarge, PipelineError
 from pipeline.openai import IdentifiedRequest, identify, parse_request, resolve
 from pipeline.served import ServedModels
 from pipeline.stage import Emit, Task, emit_frame, emit_work, stage
@@ -55,20 +55,14 @@ def answer(task: Task[bytes], error: PipelineError) -> Iterable[Emit]:
 
 @stage(name="preprocess", takes=bytes, answer=answer)
 async def preprocess(task: Task[bytes], models: Models) -> AsyncIterator[Emit]:
-    """One task for decode, or one terminal error frame for each choice; never both, never an exception of ours.
+    """One task for decode. A redelivery gives the same task under the same id, which JetStream drops.
 
-    A redelivery gives the same task under the same id, which JetStream drops.
+    Raises Permanent for a request that cannot become a task.
     """
-    try:
-        emits = [await _work(task, models)]
-    except Permanent as error:
-        emits = list(answer(task, error))
-    for emit in emits:
-        yield emit
+    yield await _work(task, models)
 
 
 async def _work(task: Task[bytes], models: Models) -> Emit:
-    """The task for decode. Raises Permanent."""
     now_unix_s = time.time()
     identified = parse_request(
         task.payload,
@@ -106,7 +100,7 @@ def _task_for_decode(identified: IdentifiedRequest, token_ids: TokenIds, model: 
         context_len_tokens=model.context_len_tokens,
         vocab_size=model.tokenizer.vocab_size,
     )
-    emit = emit_work(names.DECODE_ANY.of(model=request.model), request, msg_id=request.request_id)
+    emit = emit_work(names.DECODE_ANY.of(model=request.model), request, msg_id=f"{request.client}.{request.request_id}")
     if len(emit.payload) > PAYLOAD_BYTES_MAX:
         raise PayloadTooLarge(
             f"prompt: its {len(token_ids)} tokens make a task of {len(emit.payload)} bytes; "

@@ -45,5 +45,5 @@ ALL: Final[dict[str, str]] = {
     HANDSHAKE_SENT: "handshake: when first sent, microseconds since the Unix epoch",
     HANDSHAKE_US: "handshake: on a receipt, from sending to receiving; on a success status, until the KV was written",
     HANDSHAKE_STATUS: "handshake: on a status that only reports, `success`",
-    MSG_ID: "request id of a request that names none; `<request_id>.<choice>.end` on terminal frames",
+    MSG_ID: "request id of a request that names none; `<client>.<request_id>.<choice>.end` on terminal frames",
 }

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.chat import ChatTokenizer, LoadedModel
 from pipeline.config import BUILTIN_MODEL
+from pipeline.errors import Permanent
 from pipeline.models import prepare_model
 from pipeline.stage import Emit, Task, terminal_msg_id
 from stages.preprocess import preprocess
@@ -123,7 +124,10 @@ def run(payload: bytes, message_headers: dict[str, str]) -> list[Emit]:
     )
 
     async def collect() -> list[Emit]:
-        return [emit async for emit in preprocess.run(task, models=OneModel())]
+        try:
+            return [emit async for emit in preprocess.run(task, models=OneModel())]
+        except Permanent as error:
+            return list(preprocess.answer(task, error))
 
     return asyncio.run(collect())
 
@@ -147,7 +151,8 @@ def check(emits: list[Emit]) -> None:
     for emit, frame in zip(emits, frames, strict=True):
         assert frame.finish_reason == "error"
         assert frame.error and len(frame.error.message) < 1000
-        assert emit.msg_id == terminal_msg_id(frame.request_id, frame.choice)
+        client = names.RESPONSES.parse(emit.subject)["client"]
+        assert emit.msg_id == terminal_msg_id(client, frame.request_id, frame.choice)
         assert names.RESPONSES.parse(emit.subject) == {
             "client": names.RESPONSES.parse(emit.subject)["client"],
             "request_id": frame.request_id,

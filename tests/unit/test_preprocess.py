@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.chat import ChatTokenizer, LoadedModel
 from pipeline.config import BUILTIN_MODEL
-from pipeline.errors import AttemptsExhausted, Cancelled, DeadlineExceeded, Overloaded, UnknownModel
+from pipeline.errors import AttemptsExhausted, Cancelled, DeadlineExceeded, Overloaded, Permanent, UnknownModel
 from pipeline.models import prepare_model
 from pipeline.stage import Emit, Task, terminal_msg_id
 from stages.preprocess import INLINE_BYTES_MAX, preprocess
@@ -50,7 +50,10 @@ def task_of(payload: dict[str, Any] | bytes, model: str = "smollm2", **fields: A
 
 async def emits_of(task: Task[bytes], models: Any) -> list[Emit]:
     async with asyncio.timeout(30):
-        return [emit async for emit in preprocess.run(task, models=models)]
+        try:
+            return [emit async for emit in preprocess.run(task, models=models)]
+        except Permanent as error:
+            return list(preprocess.answer(task, error))
 
 
 def frames_of(emits: list[Emit]) -> list[Frame]:
@@ -58,7 +61,8 @@ def frames_of(emits: list[Emit]) -> list[Frame]:
     frames = [decode(Frame, emit.payload) for emit in emits]
     for emit, frame in zip(emits, frames, strict=True):
         assert emit.frame == frame
-        assert emit.msg_id == terminal_msg_id(frame.request_id, frame.choice)
+        client = names.RESPONSES.parse(emit.subject)["client"]
+        assert emit.msg_id == terminal_msg_id(client, frame.request_id, frame.choice)
         assert frame.finish_reason
         assert frame.error
     return frames
@@ -68,7 +72,7 @@ async def test_a_chat_becomes_one_task_for_decode(tokenizer):
     stored_unix_s = time.time() - 1
     task = task_of(CHAT | {"request_id": "r1", "client": "me", "max_tokens": 5}, stored_unix_s=stored_unix_s)
     (emit,) = await emits_of(task, OneModel(tokenizer))
-    assert (emit.subject, emit.msg_id) == (names.DECODE_ANY.of(model="smollm2"), "r1")
+    assert (emit.subject, emit.msg_id) == (names.DECODE_ANY.of(model="smollm2"), "me.r1")
     request = decode(PreprocessedRequest, emit.payload)
     assert (request.request_id, request.client, request.model) == ("r1", "me", "smollm2")
     assert (request.stop.max_tokens, request.choices, request.accepted_unix_s) == (5, 1, stored_unix_s)
@@ -82,7 +86,7 @@ async def test_a_redelivery_gives_the_same_task_again(tokenizer):
     tasks = [task_of(payload, stored_unix_s=stored_unix_s, attempt=attempt) for attempt in (1, 2)]
     first, second = [await emits_of(task, OneModel(tokenizer)) for task in tasks]
     assert first == second
-    assert first[0].msg_id == "7"
+    assert first[0].msg_id == "anonymous.7"
 
 
 async def test_prompts_are_text_or_token_ids(tokenizer):
