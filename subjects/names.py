@@ -134,7 +134,11 @@ CONTROL: Final = Subject(
 )
 BOOTSTRAP: Final = Subject(
     "sglang.bootstrap.{worker}.{rank}.{operation}.{room}", Kind.CORE, "prefill <-> decode engines", "SGLang's frames",
-    "The handshake of a KV transfer: register, transfer, status, abort, abort_ack, ping, receipt.",
+    "The handshake of a KV transfer: register, transfer, status, abort, abort_ack, receipt, rooms (what is open).",
+)
+PEER: Final = Subject(
+    "sglang.peer.{worker}.{rank}", Kind.CORE, "prefill <-> decode engines", "empty",
+    "Asked four times a second while a room is open: no responders means that the rank is gone.",
 )
 DEAD: Final = Subject(
     "sglang.dead.{stage}.{model}",

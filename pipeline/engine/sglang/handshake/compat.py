@@ -55,10 +55,12 @@ SYMBOLS: Final = (
     Symbol(NIXL, "NixlKVReceiver.__init__", ("self", "mgr", "bootstrap_addr", "bootstrap_room")),
     Symbol(NIXL, "NixlKVReceiver.init", ("self", "prefill_dp_rank")),
     Symbol(NIXL, "NixlKVReceiver.clear", ("self",)),
+    Symbol(NIXL, "NixlKVSender.__init__", ("self", "mgr", "bootstrap_addr", "bootstrap_room")),
     Symbol(NIXL, "TransferInfo.from_zmq", ("msg",)),
     Symbol(NIXL, "KVArgsRegisterInfo.from_zmq", ("msg",)),
     Symbol(NIXL, "GUARD"),
     Symbol(PACKAGE, "NixlKVManager"),
+    Symbol(PACKAGE, "NixlKVSender"),
     Symbol(PACKAGE, "NixlKVBootstrapServer"),
     Symbol("sglang.srt.disaggregation.base.conn", "KVPoll.Success"),
     Symbol("sglang.srt.disaggregation.base.conn", "KVPoll.Failed"),
@@ -72,6 +74,7 @@ SOURCES: Final = {
         "self.rank_port, self.server_socket = get_zmq_socket_on_host(",
         "self.register_to_bootstrap()",
     ),
+    "CommonKVSender.clear": ("self.kv_mgr.request_status.pop(self.bootstrap_room, None)",),
     "CommonKVReceiver._connect_to_bootstrap_server": ('["rank_ip"]', '["rank_port"]', "cls._connect("),
 }
 """Text that must stand in functions of common/conn.py, where a name alone does not show how it is used."""

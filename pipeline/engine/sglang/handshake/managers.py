@@ -7,11 +7,12 @@ import itertools
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 from sglang.srt.disaggregation.base.conn import KVArgs, KVPoll
-from sglang.srt.disaggregation.nixl.conn import KVArgsRegisterInfo, NixlKVManager, NixlKVReceiver
+from sglang.srt.disaggregation.nixl.conn import KVArgsRegisterInfo, NixlKVManager, NixlKVReceiver, NixlKVSender
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.server_args import ServerArgs
 
@@ -111,10 +112,13 @@ class _NatsKVManager(NixlKVManager):
         server_args: ServerArgs,
         is_mla_backend: bool | None = False,
     ) -> None:
+        if vars(server_args).get("enable_pd_role_switch"):
+            raise EngineStartError("enable_pd_role_switch needs SGLang's own sockets; it does not go with NATS")
         rank = Rank(dp=args.system_dp_rank or 0, pp=args.pp_rank, tp=args.engine_rank)
         self._postbox = self.place.open(rank, sum(args.kv_item_lens))
         self._got_s: dict[int, float] = {}  # prefill: when a room's transfer message was here
-        self._with_sender: set[int] = set()  # prefill: rooms that a request of this engine has opened
+        self._opened_s: dict[int, float] = {}  # prefill: when a room was first heard of
+        self.senders: weakref.WeakValueDictionary[int, NixlKVSender] = weakref.WeakValueDictionary()
         self._warm_rooms = itertools.count(-1, -1)  # never a request's: those are not negative
         super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
         self._postbox.attach(self)
@@ -198,11 +202,8 @@ class _NatsKVManager(NixlKVManager):
         super().update_status(bootstrap_room, status)
 
     def _note(self, room: int, status: KVPoll) -> None:
-        if room not in self.request_status:
-            self._with_sender.discard(room)  # of an earlier request
-        if status == KVPoll.Bootstrapping:
-            self._with_sender.add(room)
-        elif status == KVPoll.WaitingForInput:
+        self._opened_s.setdefault(room, time.monotonic())
+        if status == KVPoll.WaitingForInput:
             self._got_s[room] = time.monotonic()
         elif status == KVPoll.Success and (got_s := self._got_s.pop(room, None)) is not None:
             self._report_written(room, got_s)
@@ -219,21 +220,22 @@ class _NatsKVManager(NixlKVManager):
             self._postbox.report(Address.of(info.endpoint, info.dst_port), Operation.STATUS, room, said)
 
     def sweep(self) -> None:
-        """Forget rooms that decode opened and gave up, or that no request here has claimed for long.
+        """Forget rooms that no request of this engine has any more, or none has claimed for long.
 
-        SGLang keeps them for ever: it drops a room with the request that sends it, and there is none.
+        SGLang drops a room with the request that sends it. It keeps those for ever that decode opened and gave
+        up before their request came, and those whose request was aborted in the waiting queue.
         """
         if self._decodes:
             return
-        self._with_sender.intersection_update(self.request_status)
-        for room, got_s in tuple(self._got_s.items()):
-            if room in self._with_sender:
-                continue
+        for room, opened_s in tuple(self._opened_s.items()):
             status = self.request_status.get(room)
-            if status in (None, KVPoll.Failed) or time.monotonic() - got_s > ORPHAN_S:
+            if room in self.senders:
+                continue
+            if status in (None, KVPoll.Failed) or time.monotonic() - opened_s > ORPHAN_S:
                 self._forget_room(room)
 
     def _forget_room(self, room: int) -> None:
+        self._opened_s.pop(room, None)
         self._got_s.pop(room, None)
         self.request_status.pop(room, None)
         self.transfer_infos.pop(room, None)
@@ -293,6 +295,16 @@ class _NatsKVManager(NixlKVManager):
             self.peer_lost(Address.parse(key), "its registration is gone")
         elif self.place.book.ready(host):
             self._postbox.run(lambda: self._warm(host))
+
+
+class NatsKVSender(NixlKVSender):
+    """SGLang's sender of one room, known to its manager for as long as a request holds it."""
+
+    def __init__(
+        self, mgr: _NatsKVManager, bootstrap_addr: str, bootstrap_room: int, *args: Any, **kwargs: Any
+    ) -> None:
+        mgr.senders[bootstrap_room] = self
+        super().__init__(mgr, bootstrap_addr, bootstrap_room, *args, **kwargs)
 
 
 def _host(bootstrap_addr: str) -> str:

@@ -5,7 +5,7 @@ import sglang.srt.disaggregation.nixl as nixl
 from sglang.srt.environ import envs
 
 from pipeline.engine.sglang.handshake import compat
-from pipeline.engine.sglang.handshake.managers import Place, kv_manager
+from pipeline.engine.sglang.handshake.managers import NatsKVSender, Place, kv_manager
 from pipeline.engine.sglang.handshake.ports import close_ports
 from pipeline.engine.sglang.handshake.routes import SilentBootstrapServer
 from pipeline.engine.sglang.handshake.settings import HandshakeSettings
@@ -32,5 +32,6 @@ def apply(settings: HandshakeSettings) -> None:
     common.CommonKVReceiver._connect = place.connect
     common.CommonKVReceiver.disconnect_endpoint = staticmethod(lambda endpoint: None)
     nixl.NixlKVManager = kv_manager(place)
+    nixl.NixlKVSender = NatsKVSender
     nixl.NixlKVBootstrapServer = SilentBootstrapServer
     _applied.append(settings)

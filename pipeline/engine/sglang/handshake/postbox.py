@@ -2,7 +2,8 @@
 
 SGLang's scheduler never waits for the broker: sending hands a message to the thread, receiving reads a queue
 that the thread fills. Every message is receipted (see `link`). While a room is open its peers are pinged, so
-that a killed process is noticed by the broker's "no responders" and a frozen one by its silence.
+that a killed process is noticed by the broker's "no responders" and a frozen one by its silence. Pings have a
+subject of their own: a reader of `sglang.bootstrap.>` is a responder in the broker's eyes.
 """
 
 import asyncio
@@ -40,7 +41,7 @@ RESEND_S: Final = 1.0
 RECEIPT_S: Final = limits.PRESENCE_S
 """A message without a receipt for this long, while the bus was up, has failed."""
 ABSENCES_MAX: Final = 2
-"""A peer is lost after this many pings in a row that nobody received."""
+"""A peer is lost after this many pings or messages in a row that nobody received."""
 INBOX_MESSAGES_MAX: Final = 65_536
 _FRAMES_BYTES_MAX: Final = limits.PAYLOAD_BYTES_MAX - 4096  # room for the headers
 
@@ -125,6 +126,7 @@ class Postbox:
         self._thread = threading.Thread(target=self._run, name="handshake", daemon=True)
         self._started = threading.Event()
         self._start_error: PipelineError | None = None
+        self._stood_still_s = -limits.PRESENCE_S
 
     def start(self) -> None:
         """Connect and subscribe. Raises EngineStartError."""
@@ -188,9 +190,12 @@ class Postbox:
     async def _open(self) -> None:
         self._outbox: asyncio.Queue[tuple[str, bytes, dict[str, str], str]] = asyncio.Queue(MESSAGES_MAX)
         self._bus = await Bus.connect(self._settings.url, name=f"handshake {self.address}", timeout_s=CONNECT_S)
-        self._calm_s = self._loop.time()
+        self._first_connected_s = self._bus.connected_since_s
         self._bus.on_reconnect(self._reconnected)
         await self._bus.subscribe(self.address.inbox(), self._on_message)
+        await self._bus.subscribe(self.address.presence(), self._on_ping)
+        self._pongs = self._bus.new_inbox()
+        await self._bus.subscribe(f"{self._pongs}.*", self._on_pong)
         self._bucket: Bucket = await self._bus.bucket(streams.ROUTES)
         await self._drop_former_rows()
         await self._bus.flush(CONNECT_S)
@@ -205,7 +210,7 @@ class Postbox:
 
     def _attach(self, resident: Resident) -> None:
         self._resident = resident
-        self._watcher = self._loop.create_task(self._bucket.watch(resident.route_changed))
+        self._bus.spawn(self._bucket.watch(resident.route_changed))
 
     async def _drain(self) -> None:
         """Publish in the order of sending. What an outage swallows is sent again for want of a receipt."""
@@ -230,9 +235,8 @@ class Postbox:
                 logger.warning("route %s was not put: %s", key, error)
 
     async def _reconnected(self) -> None:
-        """The bus was away: judge nobody for a while, register again, and send again what has no receipt."""
+        """The bus was away: register again, and send again what has no receipt."""
         now_s = self._loop.time()
-        self._calm_s = now_s + limits.PRESENCE_S
         for peer in self._by_number:
             peer.absences, peer.asked_s = 0, None
             if peer.outgoing:
@@ -260,6 +264,7 @@ class Postbox:
                 said = said | {headers.HANDSHAKE_PART: f"{number}/{len(parts)}"}
             message = peer.outgoing.add(meaning.operation, meaning.room, part, said, now_s)
             self._post(peer, message, now_s)
+        self._ping(peer)
 
     def _post(self, peer: _Peer, message: Outbound, now_s: float) -> None:
         said = message.headers | {headers.HANDSHAKE_SEQ: f"{message.seq}/{peer.outgoing.base}"}
@@ -272,8 +277,7 @@ class Postbox:
             self._post(peer, message, now_s)
 
     def _ping(self, peer: _Peer) -> None:
-        said = {headers.HANDSHAKE_FROM: str(self.address)}
-        self._publish(peer.address.subject(Operation.PING, PAIR), b"", said, self._reply_subject(peer, PAIR, 0))
+        self._publish(peer.address.presence(), b"", {}, f"{self._pongs}.{peer.number}")
 
     def _publish(self, subject: str, payload: bytes, said: dict[str, str], reply: str = "") -> None:
         try:
@@ -343,14 +347,25 @@ class Postbox:
             said = {headers.HANDSHAKE_FROM: str(self.address)}
             self._publish(reply, msgspec.json.encode(self._resident.open_rooms()), said)
 
+    def _on_ping(self, received: Received) -> None:
+        if received.reply:
+            self._publish(received.reply, b"", {})
+
+    def _on_pong(self, received: Received) -> None:
+        peer = self._by_number[int(received.subject.rpartition(".")[2])]
+        if (received.headers or {}).get("Status") == NO_RESPONDERS:
+            self._absent(peer)
+        else:
+            self._heard(peer)
+
     def _on_receipt(self, room: str, said: dict[str, str]) -> None:
         try:
-            _, number, seq = room.split("_")
+            _, number, _ = room.split("_")
             peer = self._by_number[int(number)]
         except (ValueError, IndexError):
             return
         if said.get("Status") == NO_RESPONDERS:
-            self._absent(peer, int(seq))
+            self._absent(peer)
             return
         self._heard(peer)
         peer.outgoing.receipt(int(said.get(headers.HANDSHAKE_SEQ, "0/0").partition("/")[0]))
@@ -360,13 +375,17 @@ class Postbox:
     def _heard(self, peer: _Peer) -> None:
         peer.absences, peer.asked_s, peer.lost = 0, None, False
 
-    def _absent(self, peer: _Peer, seq: int) -> None:
+    def _calm(self, now_s: float) -> bool:
+        """True for a while after the bus, or this process, was away: its peers then seem to be."""
+        connected_s = self._bus.connected_since_s  # on the loop's clock
+        reconnected = connected_s > self._first_connected_s and now_s - connected_s < limits.PRESENCE_S
+        return reconnected or now_s - self._stood_still_s < limits.PRESENCE_S
+
+    def _absent(self, peer: _Peer) -> None:
         """Nobody receives at the peer's address. After an outage of the bus it may just be slower to return."""
-        if self._loop.time() < self._calm_s:
+        if self._calm(self._loop.time()):
             return
-        if seq:
-            self._give_up(peer)
-            return
+        self._give_up(peer)
         peer.absences += 1
         if peer.absences >= ABSENCES_MAX:
             self._lose(peer, "it left the bus")
@@ -390,7 +409,7 @@ class Postbox:
             await asyncio.sleep(WATCH_S)
             now_s = self._loop.time()
             if now_s - before_s > 4 * WATCH_S:
-                self._calm_s = now_s + limits.PRESENCE_S  # this process stood still, not its peers
+                self._stood_still_s = now_s
             before_s = now_s
             if self._resident is None:
                 continue
@@ -399,7 +418,7 @@ class Postbox:
                 self._look_at_peers(frozenset(self._resident.peers_in_use()), now_s)
 
     def _look_at_peers(self, in_use: frozenset[Address], now_s: float) -> None:
-        calm = now_s < self._calm_s
+        calm = self._calm(now_s)
         for address in in_use:
             self._ping(self._peer(address))
         for peer in tuple(self._by_number):

@@ -34,7 +34,6 @@ class Operation(StrEnum):
     STATUS = "status"
     ABORT = "abort"
     ABORT_ACK = "abort_ack"
-    PING = "ping"
     RECEIPT = "receipt"
     ROOMS = "rooms"  # request: which rooms are open; answered in JSON to anyone, an operator too
 
@@ -114,6 +113,10 @@ class Address:
 
     def subject(self, operation: str, room: str) -> str:
         return names.BOOTSTRAP.of(worker=self.worker, rank=self._rank_token, operation=operation, room=room)
+
+    def presence(self) -> str:
+        """The subject on which this rank answers whether it is there."""
+        return names.PEER.of(worker=self.worker, rank=self._rank_token)
 
     @property
     def _rank_token(self) -> str:
