@@ -24,7 +24,7 @@ settings=infra/install/$extra.toml pins=infra/install/$extra.txt
 wanted="$extra $PWD $(cat pyproject.toml infra/setup.sh "$settings" "$pins" | cksum)"
 [ "$wanted" != "$(cat .venv/installed 2>/dev/null)" ] || exit 0
 
-echo "setup: installing into .venv with the extra '$extra' (once; about 2 GB on disk with a CPU build of torch)"
+echo "setup: installing into .venv with the extra '$extra' (once; about 3 GB on disk with a CPU build of torch)"
 # Without pip and through pip's --python: works where Debian keeps python3-venv and the system's packages apart.
 [ -x .venv/bin/python ] || "$python" -m venv --without-pip .venv
 [ -x .venv/bin/uv ] && [ -x .venv/bin/just ] ||
