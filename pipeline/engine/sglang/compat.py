@@ -93,6 +93,23 @@ SYMBOLS: Final = (
     Symbol("sglang.srt.plugins.hook_registry", "HookRegistry.register", ("target", "hook", "hook_type")),
     Symbol("sglang.srt.plugins.hook_registry", "HookType.REPLACE"),
     Symbol("sglang.srt.plugins.hook_registry", "HookType.BEFORE"),
+    Symbol("sglang.srt.plugins.hook_registry", "HookType.AFTER"),
+    Symbol("sglang.srt.plugins.hook_registry", "HookType.AROUND"),
+    # What `cpu_platform.patch` hooks. SGLang only logs a hook that does not fit.
+    Symbol("sglang.srt.mem_cache.pool_host.common", "_cuda_host_register", ("buffer",)),
+    Symbol("sglang.srt.mem_cache.pool_host.common", "_cuda_host_unregister", ("buffer",)),
+    Symbol(
+        "sglang.srt.sampling.sampling_batch_info",
+        "SamplingBatchInfo.from_schedule_batch",
+        ("batch", "vocab_size"),
+    ),
+    Symbol("sglang.srt.layers.sampler", "sampling_from_probs_torch", ("probs", "sampling_seed", "positions")),
+    Symbol(
+        "sglang.srt.layers.sampler",
+        "top_k_top_p_min_p_sampling_from_probs_torch",
+        ("probs", "top_ks", "top_ps", "min_ps", "need_min_p_sampling", "sampling_seed", "positions"),
+    ),
+    Symbol("sglang.srt.disaggregation.nixl.conn", "NixlKVManager.__init__"),
 )
 
 TEXTS: Final = (

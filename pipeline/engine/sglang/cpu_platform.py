@@ -16,14 +16,14 @@ import os
 import sys
 from typing import Final
 
+_THREADS: Final = str(max(1, len(os.sched_getaffinity(0)) // 2))  # half the cores: there may be a second engine
 ENVIRONMENT: Final = {
     "SGLANG_USE_CPU_ENGINE": "1",
-    "OMP_NUM_THREADS": "1",  # two engines on two cores: 223 tok/s at batch 32 against 54-140 with one thread a core
-    "MKL_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": _THREADS,
+    "MKL_NUM_THREADS": _THREADS,
     "TOKENIZERS_PARALLELISM": "false",
-    "TRITON_INTERPRET": "0",
 }
-"""Set where the user did not."""
+"""Set where the user did not, and inherited by SGLang's processes."""
 
 SERVER_ARGS: Final = {
     "device": "cpu",
@@ -36,14 +36,18 @@ SERVER_ARGS: Final = {
     "disable_overlap_schedule": True,
     "disable_custom_all_reduce": True,
     "max_running_requests": 32,
-    "max_total_tokens": 32_768,
+    "max_total_tokens": 16_384,
     "mem_fraction_static": 0.3,
     "chunked_prefill_size": 512,  # a long prompt must not stop everyone's tokens for seconds
     "sleep_on_idle": True,
     "skip_server_warmup": True,
-    "watchdog_timeout": 600.0,
 }
 """SGLang's own settings on a CPU, used where the user did not set the field."""
+
+_POOL: Final = "sglang.srt.mem_cache.pool_host.common"
+_SAMPLING: Final = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
+_SAMPLER: Final = "sglang.srt.layers.sampler"
+_NIXL: Final = "sglang.srt.disaggregation.nixl.conn"
 
 
 def accelerator_present() -> bool:
@@ -72,15 +76,18 @@ def patch() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from pipeline.engine.sglang import cpu_kernels, nixl_cpu
+    from pipeline.engine.sglang import cpu_kernels, cpu_sampling, nixl_cpu
 
-    for target, replacement in (
-        ("sglang.srt.mem_cache.pool_host.common._cuda_host_register", cpu_kernels.leave_unregistered),
-        ("sglang.srt.mem_cache.pool_host.common._cuda_host_unregister", cpu_kernels.leave_unregistered),
+    for target, hook, kind in (
+        (f"{_POOL}._cuda_host_register", cpu_kernels.leave_unregistered, HookType.REPLACE),
+        (f"{_POOL}._cuda_host_unregister", cpu_kernels.leave_unregistered, HookType.REPLACE),
+        (f"{_SAMPLING}.from_schedule_batch", cpu_sampling.carry_seeds, HookType.AFTER),
+        (f"{_SAMPLER}.sampling_from_probs_torch", cpu_sampling.sample, HookType.REPLACE),
+        (
+            f"{_SAMPLER}.top_k_top_p_min_p_sampling_from_probs_torch",
+            cpu_sampling.sample_filtered,
+            HookType.AROUND,
+        ),
+        (f"{_NIXL}.NixlKVManager.__init__", nixl_cpu.before_kv_manager, HookType.BEFORE),
     ):
-        HookRegistry.register(target, replacement, HookType.REPLACE)
-    HookRegistry.register(
-        "sglang.srt.disaggregation.nixl.conn.NixlKVManager.__init__",
-        nixl_cpu.before_kv_manager,
-        HookType.BEFORE,
-    )
+        HookRegistry.register(target, hook, kind)

@@ -1,11 +1,13 @@
 """SGLang behind the pipeline's Engine protocol."""
 
 import asyncio
+import secrets
 import signal
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -15,7 +17,7 @@ from pipeline.engine.protocol import EngineInfo, EngineOutput, EngineRequest
 from pipeline.engine.sglang import launch, outputs, requests
 from pipeline.errors import EngineFailed, InvalidRequest, PipelineError
 from pipeline.models import prepare_model
-from subjects.messages import Load
+from subjects.messages import Load, SamplingOptions
 
 INFO_S_MAX: Final = 60.0
 """How long a started scheduler may take to answer its first question."""
@@ -40,7 +42,7 @@ class SglangEngine:
         self._others: frozenset[int] = frozenset()  # ids of children that are not SGLang's
         self._manager: Any = None  # SGLang's TokenizerManager
         self._reading: asyncio.Task[None] | None = None  # its loop over what SGLang's processes send
-        self._defaults: dict[str, Any] = {}  # the model's own sampling parameters
+        self._sampling = _Sampling()
         self._streams: dict[str, _Stream] = {}  # by rid
         self._death: asyncio.Future[str] | None = None  # why nothing can be generated any more
         self._previous_sigquit: Any = None
@@ -54,13 +56,9 @@ class SglangEngine:
         self._launched = loop.run_in_executor(self._thread, self._launch)
         self._manager = (await asyncio.shield(self._launched)).tokenizer_manager
         self._read_outputs(loop)
-        self._defaults = {
-            name: value
-            for name, value in self._manager.model_config.get_default_sampling_params().items()
-            if value is not None
-        }
         async with asyncio.timeout(INFO_S_MAX):
             (state, *_) = await self._manager.get_internal_state()
+        self._sampling = _Sampling.of(self._manager.model_config, state)
         return self._info(state)
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
@@ -70,7 +68,8 @@ class SglangEngine:
 
         if request.rid in self._streams:
             raise InvalidRequest(f"the engine already has a request {request.rid!r}", field="rid")
-        given = GenerateReqInput(**requests.arguments(request, self._defaults))
+        defaults = self._sampling.defaults(request.sampling)
+        given = GenerateReqInput(**requests.arguments(request, defaults))
         stream = self._streams[request.rid] = _Stream(self._manager.generate_request(given, None))
         try:
             while True:
@@ -190,6 +189,41 @@ class SglangEngine:
             reasoning_parser=state["reasoning_parser"],
             tool_call_parser=state["tool_call_parser"],
         )
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """How the started engine samples."""
+
+    model: Mapping[str, Any] = field(default_factory=dict)  # the model's own parameters, in SGLang's words
+    on_cpu: bool = False  # seeds go the way of `cpu_sampling`
+    deterministic: bool = False  # seeds go SGLang's own way
+
+    @classmethod
+    def of(cls, model_config: Any, state: Mapping[str, Any]) -> "_Sampling":
+        own = model_config.get_default_sampling_params()
+        return cls(
+            model={name: value for name, value in own.items() if value is not None},
+            on_cpu=state["device"] == "cpu",
+            deterministic=state["enable_deterministic_inference"],
+        )
+
+    def defaults(self, wanted: SamplingOptions) -> dict[str, Any]:
+        """What a request leaves open. Raises InvalidRequest for what SGLang would drop in silence or die of."""
+        if self.on_cpu:
+            return dict(self.model)
+        if self.deterministic:
+            if wanted.min_p or self.model.get("min_p"):
+                raise InvalidRequest(
+                    "this engine runs deterministically, and then SGLang takes no min_p", field="min_p"
+                )
+            # SGLang would give every request without a seed the same one.
+            return dict(self.model) | {"sampling_seed": secrets.randbits(63)}
+        if wanted.seed is not None:
+            raise InvalidRequest(
+                "this engine takes no seed: start it with SGLang's enable_deterministic_inference", field="seed"
+            )
+        return dict(self.model)
 
 
 class _Stream:
