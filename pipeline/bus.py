@@ -4,7 +4,7 @@ Built around what nats-py does not do well (docs/adr/0001): it loses pull reques
 read loop dies of an exception in a callback, some broker errors close it for good, its flush overtakes
 what is still buffered, and messages wait in a queue that an unsubscribe throws away. So messages are
 handed over right out of the parser, requests have an inbox of our own, and after every outage the bus
-provisions again, resumes its pullers and watches, and then calls whoever registered `on_reconnect`.
+resumes its pullers and watches, provisions again, and then calls whoever registered `on_reconnect`.
 """
 
 import asyncio
@@ -86,6 +86,7 @@ PAUSE_S_MAX: Final = 0.5
 API_S_MAX: Final = 5.0
 RETRY_AFTER_S: Final = 1.0  # what a client is told when a queue is full
 CLOSE_S_MAX: Final = 1.5
+HEADER_BYTES: Final = 16  # at least what the wire adds for a header, and for all of them together
 READ_BATCH: Final = 256
 _SCHEMES: Final = ("nats", "tls", "ws", "wss")
 _VIOLATION: Final = re.compile(r'permissions violation for (publish to|subscription to) "([^"]*)"')
@@ -248,11 +249,11 @@ class Bus:
 
     @property
     def max_payload_bytes(self) -> int:
-        """The largest payload, headers included, that a subject carries here."""
+        """The largest payload that a subject carries here, headers not counted."""
         return min(self._client.max_payload, limits.PAYLOAD_BYTES_MAX)
 
     def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
-        """Call after each outage, once streams are provisioned and pullers and watches resumed."""
+        """Call after each outage, once pullers and watches were told to go on and streams are provisioned."""
         self._callbacks.append(callback)
 
     def new_inbox(self) -> str:
@@ -343,13 +344,16 @@ class Bus:
                 return
 
     async def _recover(self) -> None:
-        """After an outage: what was provisioned may be gone with a memory store or a wiped disk."""
+        """Go on after an outage. What was provisioned may be gone, with a memory store or a wiped disk.
+
+        Pullers and watches make what they need themselves, so a slow election of other streams holds none up.
+        """
+        for resumable in list(self._resumables):
+            resumable.resume()
         try:
             await self._provision_again()
         except PipelineError as error:
             log.error("provision_again_failed", code=error.code, reason=str(error))
-        for resumable in list(self._resumables):
-            resumable.resume()
         for callback in list(self._callbacks):
             try:
                 await callback()
@@ -430,7 +434,11 @@ class Bus:
             raise BusUnavailable(f"cannot publish to {subject}: {error}") from None
 
     def _check_size(self, subject: str, payload: bytes, headers: dict[str, str] | None, limit: int) -> None:
-        size = len(payload) + (16 + sum(len(k) + len(v) + 4 for k, v in headers.items()) if headers else 0)
+        """Refuse what the subject does not carry, and what would make the broker end the connection."""
+        size = len(payload)
+        if headers and size <= limit:
+            limit = self._client.max_payload
+            size += HEADER_BYTES + sum(len(name) + len(value) + HEADER_BYTES for name, value in headers.items())
         if size > limit:
             raise PayloadTooLarge(
                 f"{size} bytes are more than the {limit} that {subject} carries",

@@ -12,6 +12,7 @@ from pipeline.bus import Bus
 from pipeline.errors import BusConnectError, BusUnavailable, NoResponders, NotPermitted, PayloadTooLarge
 from pipeline.nats_server import NatsServer
 from subjects.limits import PAYLOAD_BYTES_MAX
+from tests.server.conftest import TAKERS, VALUES
 
 
 def restart(server: NatsServer) -> None:
@@ -79,15 +80,23 @@ async def test_a_reconnect_takes_less_than_a_second(nats_server, bus, back):
     assert bus.connected_since_s >= began_s - 0.5
 
 
-async def test_an_error_that_closes_nats_py_for_good_is_survived(bus, back, log):
+async def test_an_error_that_closes_nats_py_for_good_is_survived(queue, back, log):
     """Too large a message is such an error; the bus never sends one, so go round its check."""
-    await bus.subscribe("here", lambda received: log.add(received.payload))
-    await bus._send("here", b"", {"X": "y" * (bus._client.max_payload + 1)}, "")
+    bucket = await queue.bucket(VALUES)
+    await queue.subscribe("here", lambda received: log.add(received.payload))
+    await queue.pull(TAKERS, lambda delivery: log.add(delivery.payload), credit=4)
+    await bucket.watch(lambda key, value: log.add(value))
+    first_client = queue._client
+    await queue._send("here", b"", {"X": "y" * (first_client.max_payload + 1)}, "")
     await asyncio.wait_for(back.wait(), 5)
-    await bus.publish("here", b"again")
-    await log.until(lambda items: items == [b"again"])
+    assert queue._client is not first_client
+    assert first_client.is_closed
+    await queue.publish("here", b"core")
+    await queue.publish_durable("queue.a", b"work")
+    await bucket.put("k", b"value")
+    assert sorted(await log.until(lambda items: len(items) >= 3)) == [b"core", b"value", b"work"]
     with pytest.raises(NoResponders):
-        await bus.request("nobody")
+        await queue.request("nobody")
 
 
 async def test_a_callback_that_raises_harms_nobody(bus, log):
@@ -166,9 +175,10 @@ async def test_too_large_is_refused_before_it_is_sent(bus):
     with pytest.raises(PayloadTooLarge) as raised:
         await bus.publish("here", bytes(PAYLOAD_BYTES_MAX + 1))
     assert (raised.value.size, raised.value.limit) == (PAYLOAD_BYTES_MAX + 1, PAYLOAD_BYTES_MAX)
-    with pytest.raises(PayloadTooLarge):
-        await bus.request("here", bytes(PAYLOAD_BYTES_MAX), headers={"A": "b"})
-    await bus.publish("here", bytes(PAYLOAD_BYTES_MAX))
+    await bus.publish("here", bytes(PAYLOAD_BYTES_MAX), headers={"A": "b"})
+    with pytest.raises(PayloadTooLarge) as raised:
+        await bus.publish("here", b"", headers={"A": "b" * bus._client.max_payload})
+    assert raised.value.size > raised.value.limit == bus._client.max_payload
     await bus.flush()
 
 
