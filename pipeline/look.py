@@ -32,9 +32,9 @@ async def ask(url: str, model: str | None, fields: dict[str, Any], *, as_frames:
     async with Client.connect(url) as client:
         answer = await stream_answer(client, named, rest, as_frames=as_frames)
     for failure in answer.failures:
-        place = f" ({failure.field})" if failure.field else ""
-        print(f"sglang-nats: {failure.code}{place}: {failure.message}", file=sys.stderr)
-    err.print(answer.timing(), style="dim")
+        print(f"sglang-nats: {failure.code}: {failure.message}", file=sys.stderr)
+    if answer.tokens:
+        err.print(answer.timing(), style="dim")
     return 1 if answer.failures else 0
 
 
@@ -57,7 +57,7 @@ async def stream_answer(client: Client, model: str, fields: dict[str, Any], *, a
                 print(encode(frame, Format.JSON).decode(), flush=True)
             elif choices == 1:
                 print(text, end="", flush=True)
-    if not as_frames:
+    if not as_frames and answer.tokens:
         print("" if choices == 1 else "\n".join(f"[{index}] {text}" for index, text in enumerate(texts)))
     return answer
 
