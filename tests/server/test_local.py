@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from urllib.request import urlopen
 
 import psutil
 import pytest
@@ -48,6 +49,16 @@ async def answer(url: str) -> int:
     return tokens
 
 
+async def until_scraped(address: str, line: str) -> None:
+    """Scrape until the line is on the page: metrics travel once a second."""
+    page = ""
+    deadline_s = time.monotonic() + START_S_MAX
+    while line not in page:
+        assert time.monotonic() < deadline_s, f"{line} not in {page}"
+        page = await asyncio.to_thread(lambda: urlopen(address, timeout=5).read().decode())
+        await asyncio.sleep(0.05)
+
+
 def descendants() -> list[psutil.Process]:
     return psutil.Process().children(recursive=True)
 
@@ -62,7 +73,11 @@ async def test_it_serves_restarts_a_killed_worker_and_leaves_nothing_behind(tmp_
             assert await answer(local.url) == 8
             await tap.settle()
         assert {"client -> preprocess", "preprocess -> decode", "decode -> client"} <= {s.flow for s in tap.seen()}
-        assert len(local.metrics_addresses()) == 1
+        (address,) = local.metrics_addresses()
+        await until_scraped(
+            address, 'sglang_nats_ttft_seconds_count{model="smollm2",role="decode",worker="decode-0"} 1.0'
+        )
+        await until_scraped(address, 'sglang_nats_consumer_pending{consumer="decode-smollm2",stream="WORK"} 0.0')
 
         watching = asyncio.create_task(local.until_failed())
         decode = next(child for child in local.children if child.settings.role == "decode")
