@@ -55,6 +55,7 @@ async def test_an_independent_client_asks_by_hand_and_reads_the_whole_answer(fol
         msgspec.structs.replace(group, count=1) for group in shipped.workers if group.role in ("preprocess", "decode")
     )
     async with running(msgspec.structs.replace(shipped, workers=single), tmp_path) as local:
+        await local.start()
         async with asyncio.timeout(READY_S_MAX):
             await local.until_ready()
         chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "ignore_eos": True}

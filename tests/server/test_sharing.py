@@ -86,6 +86,7 @@ async def until(holds, timeout_s: float = 20.0) -> None:
 async def test_two_by_two_processes_share_a_thousand_requests(tmp_path: Path, capsys):
     seen = Seen()
     async with running(topology(ttft_ms=1, itl_ms=1), tmp_path) as local:
+        await local.start()
         async with asyncio.timeout(READY_S_MAX):
             await local.until_ready()
         async with Client.connect(local.url) as client:
@@ -145,6 +146,7 @@ async def test_a_deadline_without_a_worker_and_a_model_that_nobody_knows_are_cle
         msgspec.structs.replace(group, models={MODEL: BUILTIN_MODEL}, count=1) for group in only_preprocess
     )
     async with running(msgspec.structs.replace(settings, workers=only_preprocess), tmp_path) as local:
+        await local.start()
         await local.until_ready()
         loop = asyncio.get_running_loop()
         async with Client.connect(local.url) as client:

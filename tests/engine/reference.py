@@ -1,0 +1,26 @@
+"""SGLang by itself: reads prompts as JSON from standard input, prints what `Engine.generate` answers greedily.
+
+echo '{"prompts": [[1, 2]], "max_new_tokens": 4}' | python tests/engine/reference.py
+"""
+
+import json
+import sys
+import threading
+
+from pipeline.config import BUILTIN_MODEL
+from pipeline.engine.sglang import launch
+from pipeline.models import prepare_model
+
+
+def main() -> None:
+    asked = json.load(sys.stdin)
+    engine = launch.launch(str(prepare_model(BUILTIN_MODEL)), {}, threading.Event())
+    greedy = {"temperature": 0, "max_new_tokens": asked["max_new_tokens"]}
+    outputs = [engine.generate(input_ids=prompt, sampling_params=greedy) for prompt in asked["prompts"]]
+    launch.end(engine)
+    # With incremental output each answer would hold only its last piece; these are not streamed.
+    json.dump([output["output_ids"] for output in outputs], sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
