@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -240,14 +241,21 @@ class LocalTopology:
 
 
 @contextlib.asynccontextmanager
-async def running(topology: TopologySettings, folder: Path):
-    """A topology to `start`, ended in any case."""
-    local = LocalTopology(topology, folder)
+async def ended_after(local: LocalTopology) -> AsyncIterator[LocalTopology]:
+    """Whatever of the topology was started in the block is ended behind it."""
     try:
         yield local
     finally:
         with contextlib.suppress(PipelineError):
             await local.stop()
+
+
+@contextlib.asynccontextmanager
+async def running(topology: TopologySettings, folder: Path) -> AsyncIterator[LocalTopology]:
+    """A topology that is started, not yet ready, and ended in any case."""
+    async with ended_after(LocalTopology(topology, folder)) as local:
+        await local.start()
+        yield local
 
 
 def command(settings: WorkerSettings, settings_path: Path) -> list[str]:
