@@ -241,21 +241,14 @@ class LocalTopology:
 
 
 @contextlib.asynccontextmanager
-async def ended_after(local: LocalTopology) -> AsyncIterator[LocalTopology]:
-    """Whatever of the topology was started in the block is ended behind it."""
+async def running(topology: TopologySettings, folder: Path) -> AsyncIterator[LocalTopology]:
+    """A topology to `start` in the block, ended in any case behind it."""
+    local = LocalTopology(topology, folder)
     try:
         yield local
     finally:
         with contextlib.suppress(PipelineError):
             await local.stop()
-
-
-@contextlib.asynccontextmanager
-async def running(topology: TopologySettings, folder: Path) -> AsyncIterator[LocalTopology]:
-    """A topology that is started, not yet ready, and ended in any case."""
-    async with ended_after(LocalTopology(topology, folder)) as local:
-        await local.start()
-        yield local
 
 
 def command(settings: WorkerSettings, settings_path: Path) -> list[str]:

@@ -15,7 +15,7 @@ import msgspec
 from pipeline.client import Client
 from pipeline.config import DEMO_QUESTION, NatsSettings, TopologySettings, nats_url
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.local import LocalTopology, ended_after
+from pipeline.local import LocalTopology, running
 from pipeline.look import stream_answer
 from pipeline.screen import Starting, err, out, table
 from pipeline.tap import Tap
@@ -30,7 +30,7 @@ EXIT_INTERRUPTED: Final = 130
 async def up(topology: TopologySettings, folder: Path, run_s: float | None) -> None:
     """Keep a topology running until a signal, or for `run_s` seconds. Raises SetupError with a sentence."""
     with _only_one(folder):
-        async with ended_after(LocalTopology(_on_a_known_port(topology), folder)) as local:
+        async with running(_on_a_known_port(topology), folder) as local:
             ended = _on_signals(local)
             await _until_ready(local, ended)
             if not ended.is_set():
@@ -42,7 +42,7 @@ async def up(topology: TopologySettings, folder: Path, run_s: float | None) -> N
 async def demo(topology: TopologySettings, folder: Path, question: str, max_tokens: int) -> int:
     """Start a topology, ask it one question, tell the answer; the exit code."""
     try:
-        async with ended_after(LocalTopology(topology, folder)) as local:
+        async with running(topology, folder) as local:
             ended = _on_signals(local)
             await _until_ready(local, ended)
             if ended.is_set():

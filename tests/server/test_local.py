@@ -66,6 +66,7 @@ def descendants() -> list[psutil.Process]:
 async def test_it_serves_restarts_a_killed_worker_and_leaves_nothing_behind(tmp_path: Path) -> None:
     before = set(descendants())
     async with running(topology(PREPROCESS, DECODE, TELEMETRY), tmp_path) as local:
+        await local.start()
         await local.until_ready()
         started = set(descendants()) - before
         async with Tap.on(local.url) as tap:
@@ -95,6 +96,7 @@ async def test_a_worker_that_cannot_start_is_named_with_its_reason(tmp_path: Pat
     bad = GroupSettings(role="no-such-role")
     with pytest.raises(WorkerStartError, match=r"no-such-role-0 ended with exit code \d"):
         async with running(topology(PREPROCESS, bad), tmp_path) as local:
+            await local.start()
             await local.until_ready()
     assert not [process for process in set(descendants()) - before if process.status() != psutil.STATUS_ZOMBIE]
 
@@ -103,6 +105,7 @@ async def test_the_reason_is_the_sentence_of_the_worker(tmp_path: Path) -> None:
     missing = GroupSettings(role="preprocess", models={"m": "builtin:nothing"})
     with pytest.raises(WorkerStartError, match=r"^preprocess-0 ended with exit code 1: no built-in model"):
         async with running(topology(missing), tmp_path) as local:
+            await local.start()
             await local.until_ready()
 
 
@@ -110,6 +113,7 @@ async def test_a_late_worker_is_named(tmp_path: Path) -> None:
     settings = TopologySettings(model=MODEL, model_path=BUILTIN_MODEL, start_s_max=0.01, workers=(PREPROCESS,))
     with pytest.raises(WorkerStartError, match=r"preprocess-0 did not become ready within 0\.01 s"):
         async with running(settings, tmp_path) as local:
+            await local.start()
             await local.until_ready()
 
 
