@@ -37,6 +37,7 @@ from subjects import headers, limits, streams
 CONNECT_S: Final = 10.0
 PUT_S: Final = 5.0
 WATCH_S: Final = 0.25
+SETTLE_S: Final = 0.05
 RESEND_S: Final = 1.0
 RECEIPT_S: Final = limits.PRESENCE_S
 """A message without a receipt for this long, while the bus was up, has failed."""
@@ -105,6 +106,7 @@ class _Peer:
     incoming: Incoming = field(default_factory=Incoming)
     parts: list[bytes] = field(default_factory=list)
     absences: int = 0
+    heard_s: float = 0.0
     asked_s: float | None = None  # when it was first pinged without having been heard of since
     lost: bool = False
 
@@ -374,6 +376,7 @@ class Postbox:
 
     def _heard(self, peer: _Peer) -> None:
         peer.absences, peer.asked_s, peer.lost = 0, None, False
+        peer.heard_s = self._loop.time()
 
     def _calm(self, now_s: float) -> bool:
         """True for a while after the bus, or this process, was away: its peers then seem to be."""
@@ -382,8 +385,12 @@ class Postbox:
         return reconnected or now_s - self._stood_still_s < limits.PRESENCE_S
 
     def _absent(self, peer: _Peer) -> None:
-        """Nobody receives at the peer's address. After an outage of the bus it may just be slower to return."""
-        if self._calm(self._loop.time()):
+        """Nobody receives at the peer's address. Judged a moment later, as the answer to what the bus sends right
+        after an outage overtakes the news that there was one."""
+        self._loop.call_later(SETTLE_S, self._judge, peer, self._loop.time())
+
+    def _judge(self, peer: _Peer, absent_s: float) -> None:
+        if peer.heard_s > absent_s or not self._bus.connected or self._calm(self._loop.time()):
             return
         self._give_up(peer)
         peer.absences += 1
