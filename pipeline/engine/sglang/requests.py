@@ -15,12 +15,14 @@ _OUR_NAMES: Final = {
     "min_new_tokens": "min_tokens",
     "sampling_seed": "seed",
     "context length": "max_tokens",
+    "json grammar": "json_schema",
 }
 """Fields that SGLang's refusals name differently."""
 
 _NAMED: Final = re.compile(
     r"max_new_tokens|min_new_tokens|sampling_seed|temperature|top_p|top_k|min_p|frequency_penalty|presence_penalty|"
-    r"repetition_penalty|logit_bias|stop_token_ids|stop|json_schema|regex|ebnf|top_logprobs|context length"
+    r"repetition_penalty|logit_bias|stop_token_ids|stop|json_schema|json grammar|regex|ebnf|top_logprobs|"
+    r"context length"
 )
 
 
