@@ -1,7 +1,11 @@
 """A real nats-server for each test, and connections to it that are closed at the end."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+import json
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +53,50 @@ class Log:
         except TimeoutError:
             raise AssertionError(f"not within {timeout_s:g} s; heard {len(self.items)}: {self.items[-5:]}") from None
         return self.items
+
+
+class RawClient:
+    """NATS by hand over a blocking socket: while it waits, nothing else in this process runs."""
+
+    def __init__(self, server: NatsServer) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", server.port), timeout=DEADLINE_S)
+        self._file = self._socket.makefile("rb")
+        self._file.readline()  # INFO
+        self._socket.sendall(b'CONNECT {"verbose": false}\r\nSUB _INBOX_raw 1\r\n')
+
+    def publish(self, subject: str, payloads: Iterable[bytes]) -> None:
+        """Publish, and wait until the broker has sent them on to its subscribers."""
+        frames = (b"PUB %s %d\r\n%s\r\n" % (subject.encode(), len(payload), payload) for payload in payloads)
+        self._socket.sendall(b"".join(frames) + b"PING\r\n")
+        while self._file.readline() != b"PONG\r\n":
+            pass
+
+    def request(self, subject: str) -> dict[str, Any]:
+        """Ask the broker's API; its answer."""
+        self._socket.sendall(b"PUB %s _INBOX_raw 0\r\n\r\n" % subject.encode())
+        size = int(self._file.readline().split()[-1])
+        return json.loads(self._file.read(size + 2))
+
+    def close(self) -> None:
+        self._file.close()
+        self._socket.close()
+
+
+def freeze(server: NatsServer) -> None:
+    """Stop the server's process as it stands; `thaw` lets it go on."""
+    os.kill(server.pid, signal.SIGSTOP)
+    os.waitpid(server.pid, os.WUNTRACED)
+
+
+def thaw(server: NatsServer) -> None:
+    os.kill(server.pid, signal.SIGCONT)
+
+
+@pytest.fixture
+def raw_client(nats_server: NatsServer) -> Iterator[RawClient]:
+    client = RawClient(nats_server)
+    yield client
+    client.close()
 
 
 @pytest.fixture

@@ -2,12 +2,10 @@
 
 import asyncio
 import dataclasses
-import os
 import shutil
-import signal
 import time
 
-from tests.server.conftest import VALUES
+from tests.server.conftest import VALUES, freeze, thaw
 
 
 def restart(server) -> None:
@@ -116,8 +114,8 @@ async def test_a_deleted_bucket_is_made_again(queue, log):
 async def test_a_frozen_broker_is_watched_again(nats_server, queue, log):
     bucket = await queue.bucket(VALUES)
     await bucket.watch(log.add)
-    os.kill(nats_server.pid, signal.SIGSTOP)
-    asyncio.get_running_loop().call_later(7, os.kill, nats_server.pid, signal.SIGCONT)
+    freeze(nats_server)
+    asyncio.get_running_loop().call_later(7, thaw, nats_server)
     await queue.publish_durable("$KV.VALUES.a", b"1", timeout_s=15)
     await log.until(lambda items: items == [("a", b"1")])
 

@@ -1,8 +1,6 @@
 """The connection: how it begins, how it ends, and what it lives through."""
 
 import asyncio
-import os
-import signal
 import socket
 import time
 
@@ -12,7 +10,7 @@ from pipeline.bus import Bus
 from pipeline.errors import BusConnectError, BusUnavailable, NoResponders, NotPermitted, PayloadTooLarge
 from pipeline.nats_server import NatsServer
 from subjects.limits import PAYLOAD_BYTES_MAX
-from tests.server.conftest import TAKERS, VALUES
+from tests.server.conftest import TAKERS, VALUES, freeze, thaw
 
 
 def restart(server: NatsServer) -> None:
@@ -119,16 +117,25 @@ async def test_unsubscribe_ends_it(bus, log):
     assert log.items == []
 
 
-async def test_drain_hears_all_that_was_sent_before(bus, connect, nats_server, log):
-    """1,000 messages are under way while the interest ends: everything up to the end is heard, without a gap."""
-    other = await connect(nats_server.url, name="other")
+async def test_drain_hears_all_that_was_sent_before(bus, raw_client, log):
+    """1,000 messages lie unread in the socket when the interest ends: each is heard."""
     subscription = await bus.subscribe("here", lambda received: log.add(int(received.payload)))
     await bus.flush()
-    for i in range(1_000):
-        await other.publish("here", b"%d" % i)
-    await other.flush()
+    raw_client.publish("here", (b"%d" % i for i in range(1_000)))
+    assert log.items == []
     await subscription.drain()
     assert log.items == list(range(1_000))
+
+
+async def test_a_flush_comes_after_what_was_published(bus, monkeypatch):
+    """nats-py alone would write its PING first."""
+    transport, written = bus._client._transport, []
+    write, writelines = transport.write, transport.writelines
+    monkeypatch.setattr(transport, "write", lambda piece: (written.append(piece), write(piece)))
+    monkeypatch.setattr(transport, "writelines", lambda pieces: (written.extend(pieces), writelines(pieces)))
+    await bus.publish("here", b"1")
+    await bus.flush()
+    assert b"".join(written) == b"PUB here  1\r\n1\r\nPING\r\n"
 
 
 async def test_a_queue_group_shares(bus, connect, nats_server, log):
@@ -219,24 +226,24 @@ async def test_a_publisher_waits_for_a_slow_broker(nats_server, bus):
     for _ in range(64):
         await bus.publish("here", bytes(PAYLOAD_BYTES_MAX))
     await bus.flush()
-    os.kill(nats_server.pid, signal.SIGSTOP)
+    freeze(nats_server)
     try:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.3):
                 for _ in range(100):
                     await bus.publish("here", bytes(PAYLOAD_BYTES_MAX))
     finally:
-        os.kill(nats_server.pid, signal.SIGCONT)
+        thaw(nats_server)
     await bus.flush()
 
 
 async def test_a_flush_that_is_not_answered_raises(nats_server, bus):
-    os.kill(nats_server.pid, signal.SIGSTOP)
+    freeze(nats_server)
     try:
         with pytest.raises(BusUnavailable, match="did not answer a flush"):
             await bus.flush(timeout_s=0.2)
     finally:
-        os.kill(nats_server.pid, signal.SIGCONT)
+        thaw(nats_server)
     await bus.flush(timeout_s=3)  # the late answer to the first did not break the connection
     with pytest.raises(NoResponders):
         await bus.request("nobody")
@@ -247,12 +254,13 @@ async def test_close_is_quick_even_when_the_broker_is_frozen(nats_server, connec
         bus = await connect(nats_server.url)
         await bus.subscribe("here", lambda received: None)
         if state == "frozen":
-            os.kill(nats_server.pid, signal.SIGSTOP)
+            freeze(nats_server)
         if state == "dead":
             nats_server.kill()
         began_s = time.monotonic()
         await bus.close()
         assert time.monotonic() - began_s < 2, state
-        os.kill(nats_server.pid, signal.SIGCONT) if state == "frozen" else None
+        if state == "frozen":
+            thaw(nats_server)
         with pytest.raises(BusUnavailable):
             await bus.publish("here", b"")

@@ -1,9 +1,8 @@
 """The continuous puller: credits, outages, ends."""
 
 import asyncio
-import os
+import dataclasses
 import shutil
-import signal
 import time
 
 import msgspec
@@ -12,13 +11,24 @@ import pytest
 from pipeline.errors import ProvisionError
 from subjects import names
 from subjects.streams import ConsumerSpec
-from tests.server.conftest import DEADLINE_S, QUEUE, TAKERS
+from tests.server.conftest import DEADLINE_S, QUEUE, TAKERS, Log, freeze, thaw
 
-PULLS = f"{names.JS_API}.CONSUMER.MSG.NEXT.QUEUE.takers"
+
+def pulls(spec: ConsumerSpec) -> str:
+    """The subject of the consumer's pull requests."""
+    return f"{names.JS_API}.CONSUMER.MSG.NEXT.{spec.stream}.{spec.name}"
+
+
+def batch_of(received) -> int:
+    return msgspec.json.decode(received.payload)["batch"]
+
+
+async def store(bus, subject: str, numbers: range) -> None:
+    await asyncio.gather(*(bus.publish_durable(subject, b"%d" % i) for i in numbers))
 
 
 async def fill(bus, count: int, first: int = 0) -> None:
-    await asyncio.gather(*(bus.publish_durable("queue.a", b"%d" % i) for i in range(first, first + count)))
+    await store(bus, "queue.a", range(first, first + count))
 
 
 def numbers(deliveries) -> list[int]:
@@ -67,12 +77,13 @@ async def test_a_delivery_carries_its_facts(queue, log):
 async def test_never_more_than_the_credit(queue, log):
     """Eight free slots: eight deliveries, and one more for each slot given back; never more is asked for."""
     requests = []
-    await queue.subscribe(PULLS, lambda received: requests.append(msgspec.json.decode(received.payload)["batch"]))
-    await fill(queue, 100)
-    puller = await queue.pull(TAKERS, log.add, credit=8)
+    spec = dataclasses.replace(TAKERS, name="slow", filter_subject="queue.b", ack_wait_s=60)
+    await queue.subscribe(pulls(spec), lambda received: requests.append(batch_of(received)))
+    await store(queue, "queue.b", range(100))
+    puller = await queue.pull(spec, log.add, credit=8)
     await log.until(lambda items: len(items) == 8)
     await queue.flush()
-    state = await queue.consumer_state(QUEUE.name, TAKERS.name)
+    state = await queue.consumer_state(QUEUE.name, spec.name)
     assert (len(log.items), state.ack_pending, state.waiting, puller.credit) == (8, 8, 0, 0)
     puller.add_credit()
     await log.until(lambda items: len(items) == 9)
@@ -137,20 +148,21 @@ async def test_a_restart_loses_nothing_and_doubles_only_by_redelivery(nats_serve
 
 async def test_after_an_outage_the_free_slots_are_asked_again_exactly(nats_server, queue, log, back):
     """Two of eight slots are taken when the broker goes: six are asked for afterwards."""
-    await fill(queue, 2)
-    puller = await queue.pull(TAKERS, log.add, credit=8)
+    spec = dataclasses.replace(TAKERS, name="slow", filter_subject="queue.b", ack_wait_s=60)
+    await store(queue, "queue.b", range(2))
+    puller = await queue.pull(spec, log.add, credit=8)
     await log.until(lambda items: len(items) == 2)
     nats_server.stop()  # killed, it might have forgotten the two
     nats_server.start()
     await asyncio.wait_for(back.wait(), 3)
     for delivery in log.items:
         assert await queue.ack(delivery)
-    await fill(queue, 20, first=2)
+    await store(queue, "queue.b", range(2, 22))
     await log.until(lambda items: len(items) == 8)
     await queue.flush()
     assert numbers(log.items) == list(range(8))
     assert puller.credit == 0
-    assert (await queue.consumer_state(QUEUE.name, TAKERS.name)).ack_pending == 6
+    assert (await queue.consumer_state(QUEUE.name, "slow")).ack_pending == 6
 
 
 async def test_the_first_message_after_a_restart_comes_within_a_second(nats_server, queue, log, back):
@@ -190,8 +202,8 @@ async def test_a_deleted_stream_is_made_again(queue, log):
 async def test_a_frozen_broker_is_pulled_from_again(nats_server, queue, log):
     """The broker stands still for longer than its heartbeats may be missing."""
     await acked(queue, log, credit=4)
-    os.kill(nats_server.pid, signal.SIGSTOP)
-    asyncio.get_running_loop().call_later(6, os.kill, nats_server.pid, signal.SIGCONT)
+    freeze(nats_server)
+    asyncio.get_running_loop().call_later(6, thaw, nats_server)
     await queue.publish_durable("queue.a", b"0", timeout_s=20)
     await log.until(lambda items: items)
     await fill(queue, 20, first=1)
@@ -203,25 +215,29 @@ async def test_requests_that_expire_are_asked_again(queue, log, monkeypatch):
     monkeypatch.setattr("pipeline.puller.EXPIRES_S", 0.3)
     monkeypatch.setattr("pipeline.puller.IDLE_HEARTBEAT_S", 0.1)
     requests = log
-    await queue.subscribe(PULLS, lambda received: requests.add(msgspec.json.decode(received.payload)["batch"]))
+    await queue.subscribe(pulls(TAKERS), lambda received: requests.add(batch_of(received)))
     await queue.pull(TAKERS, lambda delivery: None, credit=4)
     assert await requests.until(lambda items: len(items) == 4) == [4, 4, 4, 4]
 
 
-async def test_after_stop_nothing_is_handed_over_and_nothing_is_held(queue, connect, nats_server, log):
-    """Stop in the middle of a flood: what was under way goes to another worker at once, not after its ack_wait."""
+async def test_after_stop_nothing_is_handed_over_and_nothing_is_held(queue, connect, nats_server, raw_client, log):
+    """Stop while 2,000 deliveries are under way: another worker has them at once, not after their ack_wait."""
     other = await connect(nats_server.url, name="other")
-    spec = ConsumerSpec(name="slow", stream=QUEUE.name, filter_subject="queue.b", ack_wait_s=60)
+    spec = dataclasses.replace(TAKERS, name="slow", filter_subject="queue.b", ack_wait_s=60)
     puller = await queue.pull(spec, log.add, credit=10_000)
-    sends = asyncio.gather(*(other.publish_durable("queue.b", b"%d" % i) for i in range(2_000)))
-    await log.until(lambda items: len(items) > 300)
+    await queue.flush()
+    raw_client.publish("queue.b", (b"%d" % i for i in range(2_000)))
+    while raw_client.request(f"{names.JS_API}.CONSUMER.INFO.QUEUE.slow")["delivered"]["consumer_seq"] < 2_000:
+        pass  # nothing of it is read here meanwhile
     await puller.stop()
-    mine = list(log.items)
-    await other.pull(spec, log.add, credit=10_000)
-    await sends
-    await log.until(lambda items: len(items) >= 2_000)
-    assert log.items[: len(mine)] == mine
-    assert numbers(log.items) == list(range(2_000))
+    heard = len(log.items)
+    others = Log()
+    await other.pull(spec, others.add, credit=10_000)
+    await others.until(lambda items: len(items) >= 2_000 - heard)
+    assert len(log.items) == heard
+    assert numbers(log.items + others.items) == list(range(2_000))
+    assert heard == 0, "handed over after `stop` was called"
+    assert {delivery.attempt for delivery in others.items} == {2}
 
 
 async def test_stop_is_quick_when_the_broker_is_dead(nats_server, queue, log):

@@ -245,10 +245,13 @@ async def test_a_worker_that_died_in_an_outage_is_down_after_it(presence, other,
     assert alive.name in {state.worker for state in presence.workers() if state.ready}
 
 
-async def test_nobody_is_judged_by_our_own_stall(presence, child, log):
-    """This process stands still for longer than a worker may be silent; heartbeats lie unread meanwhile."""
+async def test_nobody_is_judged_by_our_own_stall(presence, bus, child, raw_client, log):
+    """This process stands still for longer than a worker may be silent; heartbeats lie unread behind other things."""
     presence.on_down(log.add)
+    await bus.subscribe("noise", lambda received: None)
+    await bus.flush()
     assert await presence.wait_ready("m", timeout_s=5)
+    raw_client.publish("noise", (bytes(100_000) for _ in range(200)))
     time.sleep(PRESENCE_S + SOON_S)  # noqa: ASYNC251  the subject of the test
     await asyncio.sleep(2 * HEARTBEAT_S)
     assert log.items == []
