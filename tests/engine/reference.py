@@ -14,11 +14,10 @@ from pipeline.models import prepare_model
 
 def main() -> None:
     asked = json.load(sys.stdin)
-    engine = launch.launch(str(prepare_model(BUILTIN_MODEL)), {}, threading.Event())
+    engine = launch.launch(str(prepare_model(BUILTIN_MODEL)), asked["server_args"], threading.Event())
     greedy = {"temperature": 0, "max_new_tokens": asked["max_new_tokens"]}
     outputs = [engine.generate(input_ids=prompt, sampling_params=greedy) for prompt in asked["prompts"]]
     launch.end(engine)
-    # With incremental output each answer would hold only its last piece; these are not streamed.
     json.dump([output["output_ids"] for output in outputs], sys.stdout)
 
 

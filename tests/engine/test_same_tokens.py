@@ -6,15 +6,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from pipeline.chat import ChatTokenizer
 from pipeline.client import Client
-from pipeline.config import BUILTIN_MODEL, load_topology
+from pipeline.config import BUILTIN_MODEL, TopologySettings, load_topology
 from pipeline.local import running
 from pipeline.models import prepare_model
 
-MAX_TOKENS = 24
+SERVER_ARGS = {"dtype": "float32"}
+"""In bfloat16 the two best tokens are often so close that the size of a batch decides between them, in SGLang alone
+as in the pipeline: with 20 at once about one prompt in ten then goes another way than alone."""
+MAX_TOKENS = 16
 READY_S_MAX = 240.0
 REFERENCE_S_MAX = 240.0
 
@@ -31,11 +35,20 @@ async def reference(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
-    asked = json.dumps({"prompts": prompts, "max_new_tokens": MAX_TOKENS}).encode()
+    asked = json.dumps({"prompts": prompts, "max_new_tokens": MAX_TOKENS, "server_args": SERVER_ARGS}).encode()
     async with asyncio.timeout(REFERENCE_S_MAX):
         printed, _ = await process.communicate(asked)
     assert process.returncode == 0
     return json.loads(printed.splitlines()[-1])
+
+
+def topology() -> TopologySettings:
+    shipped = load_topology("cpu-aggregated")
+    groups = (
+        msgspec.structs.replace(group, sglang=SERVER_ARGS) if group.role == "decode" else group
+        for group in shipped.workers
+    )
+    return msgspec.structs.replace(shipped, workers=tuple(groups))
 
 
 async def ask(client: Client, prompt: Sequence[int]) -> list[int]:
@@ -56,7 +69,7 @@ async def test_the_pipeline_gives_the_tokens_of_engine_generate(tmp_path: Path):
     wanted = await reference(prompts)
     assert all(len(output) >= 1 for output in wanted)
     assert len({tuple(output) for output in wanted}) == len(prompts)
-    async with running(load_topology("cpu-aggregated"), tmp_path) as local:
+    async with running(topology(), tmp_path) as local:
         await local.start()
         async with asyncio.timeout(READY_S_MAX):
             await local.until_ready()
