@@ -133,11 +133,17 @@ CONTROL: Final = Subject(
     "An operator's command, answered with a result or an error that says why.",
 )
 BOOTSTRAP: Final = Subject(
-    "sglang.bootstrap.{worker}.{rank}.{operation}.{room}", Kind.CORE, "prefill <-> decode engines", "SGLang's frames",
+    "sglang.bootstrap.{worker}.{rank}.{operation}.{room}",
+    Kind.CORE,
+    "prefill <-> decode engines",
+    "SGLang's frames",
     "The handshake of a KV transfer: register, transfer, status, abort, abort_ack, receipt, rooms (what is open).",
 )
 PEER: Final = Subject(
-    "sglang.peer.{worker}.{rank}", Kind.CORE, "prefill <-> decode engines", "empty",
+    "sglang.peer.{worker}.{rank}",
+    Kind.CORE,
+    "prefill <-> decode engines",
+    "empty",
     "Asked four times a second while a room is open: no responders means that the rank is gone.",
 )
 DEAD: Final = Subject(

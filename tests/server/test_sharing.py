@@ -41,6 +41,7 @@ class Seen:
         self.ends: Counter[str] = Counter()
         self.decoded: Counter[str] = Counter()
         self.preprocessed: dict[str, float] = {}
+        self._metrics = asyncio.Event()
 
     async def watch(self, bus: Bus) -> None:
         await bus.subscribe(names.RESPONSES.any(), self._hear_frame)
@@ -61,6 +62,13 @@ class Seen:
             for sample in family.samples
             if sample.name == "sglang_nats_stage_seconds_count"
         )
+        self._metrics.set()
+
+    async def until_preprocessed(self, count: int, timeout_s: float = 20.0) -> None:
+        async with asyncio.timeout(timeout_s):
+            while sum(self.preprocessed.values()) < count:
+                self._metrics.clear()
+                await self._metrics.wait()
 
 
 async def ask(client: Client, number: int, gate: asyncio.Semaphore) -> list[int]:
@@ -99,11 +107,8 @@ async def test_two_by_two_processes_share_a_thousand_requests(tmp_path: Path, ca
                 states = [await bus.stream_state(stream.name) for stream in (streams.REQUESTS, streams.WORK)]
                 return not any(state.messages for state in states)
 
-            async def all_are_counted() -> bool:
-                return sum(seen.preprocessed.values()) >= REQUESTS
-
             await until(queues_are_empty)
-            await until(all_are_counted)
+            await seen.until_preprocessed(REQUESTS)
             await bus.close()
 
     for number, output in enumerate(outputs):
