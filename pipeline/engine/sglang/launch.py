@@ -7,7 +7,7 @@ import multiprocessing
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -57,6 +57,16 @@ def end(engine: Any) -> None:
     if engine.send_to_rpc is not None:
         engine.send_to_rpc.close(linger=0)
     kill(engine.get_all_child_pids())
+    for file in _files(engine):
+        file.unlink(missing_ok=True)
+
+
+def _files(engine: Any) -> Iterator[Path]:
+    """What SGLang leaves behind: its sockets in the temporary folder, and the schedulers' state in shared memory."""
+    for address in vars(engine.port_args).values():
+        if isinstance(address, str) and address.startswith("ipc://"):
+            yield Path(address.removeprefix("ipc://"))
+    yield Path(engine.tokenizer_manager.load_snapshot_reader.path)
 
 
 def children() -> frozenset[int]:
@@ -65,20 +75,23 @@ def children() -> frozenset[int]:
 
 
 def kill(pids: Iterable[int]) -> None:
-    """End processes and their descendants, and wait until they are gone."""
-    doomed: list[psutil.Process] = []
-    for pid in pids:
-        try:
+    """End children of this process and their descendants, and wait until they are gone."""
+    doomed = frozenset(pids)
+    below: list[psutil.Process] = []
+    for pid in doomed:
+        with suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
-            doomed += [process, *process.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            continue
-    for process in doomed:
-        try:
+            below += process.children(recursive=True)
             process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(doomed, timeout=KILL_S_MAX)
+    for process in below:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    # Children are waited for through multiprocessing: who else waits for one takes its exit status away, and
+    # multiprocessing then believes for ever that it lives.
+    for child in multiprocessing.active_children():
+        if child.pid in doomed:
+            child.join(KILL_S_MAX)
+    psutil.wait_procs(below, timeout=KILL_S_MAX)
 
 
 def _engine_class(last_words: Path) -> type:
