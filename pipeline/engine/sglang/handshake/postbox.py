@@ -394,7 +394,9 @@ class Postbox:
             return
         self._give_up(peer)
         peer.absences += 1
-        if peer.absences >= ABSENCES_MAX:
+        if peer.absences < ABSENCES_MAX:
+            self._ping(peer)
+        else:
             self._lose(peer, "it left the bus")
 
     def _give_up(self, peer: _Peer) -> None:
