@@ -86,10 +86,14 @@ def bucket_stream(bucket: str) -> str:
 
 
 def differences(wanted: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
-    """Each declared field that is otherwise at the broker, as words. Absent there means its zero value."""
+    """Each declared field that is otherwise at the broker, as words. Absent there means its zero value.
+
+    More replicas than wanted are no difference: a reader, which makes none, need not know their number.
+    """
     for field, value in wanted.items():
         have = found.get(field, type(value)())
-        if field not in _UNCOMPARED and have != value:
+        enough = field == "num_replicas" and have > value
+        if field not in _UNCOMPARED and have != value and not enough:
             yield f"{field} is {have!r} and should be {value!r}"
 
 

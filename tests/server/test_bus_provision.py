@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.errors import ProvisionError
 from pipeline.nats_server import NatsServer
+from pipeline.provision import differences, stream_config
 from subjects import streams
 from tests.server.conftest import QUEUE, TAKERS, VALUES
 
@@ -75,3 +76,9 @@ async def test_too_little_storage_is_a_sentence(bus):
 async def test_overlapping_subjects_are_a_sentence(queue):
     with pytest.raises(ProvisionError, match="stream OTHER cannot be created: subjects overlap"):
         await queue.provision([dataclasses.replace(QUEUE, name="OTHER")], [], [])
+
+
+def test_more_replicas_than_wanted_are_no_difference():
+    three = stream_config(QUEUE, replicas=3)
+    assert list(differences(stream_config(QUEUE, replicas=1), three)) == []
+    assert list(differences(three, stream_config(QUEUE, replicas=1))) == ["num_replicas is 1 and should be 3"]
