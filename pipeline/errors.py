@@ -13,6 +13,8 @@
     │   └── AttemptsExhausted   500  handed out too often without an end
     ├── Transient               may succeed later: nak with a delay
     │   ├── Overloaded          429  a queue is full; carries retry_after_s
+    │   ├── EngineDied          503  the engine ended with the request in it; another worker can take it
+    │   ├── PrefillLost         503  the KV of a prompt did not come; another prefill worker can make it
     │   └── BusUnavailable      503  the broker cannot be reached or did not acknowledge in time
     │       ├── NoResponders    503  nobody listens on the subject of a request
     │       └── BrokerRefused   503  JetStream answered with an error; carries its error number
@@ -111,6 +113,14 @@ class Overloaded(Transient):
     code, status = "overloaded", 429
 
 
+class EngineDied(Transient):
+    code, status = "engine_died", 503
+
+
+class PrefillLost(Transient):
+    code, status = "prefill_lost", 503
+
+
 class BusUnavailable(Transient):
     code, status = "bus_unavailable", 503
 
@@ -153,3 +163,18 @@ class WorkerStartError(SetupError):
 
 class EngineStartError(SetupError):
     code = "engine_start"
+
+
+def from_failure(failure: Failure) -> PipelineError:
+    """The error behind its wire form; an unknown code, of a newer release, gives a plain PipelineError."""
+    kinds = [PipelineError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    kind = next((kind for kind in kinds if kind.code == failure.code), PipelineError)
+    return kind(
+        failure.message,
+        field=failure.field,
+        size=failure.size,
+        limit=failure.limit,
+        retry_after_s=failure.retry_after_s,
+    )

@@ -10,6 +10,8 @@ What becomes of a task, in one table:
 | the same on the last attempt     | terminal error frames | a dead letter, then ack               |
 | the lease ran out                | nothing               | nothing: another worker has the task  |
 | the worker drains                | none yet              | nak at once: another worker goes on   |
+
+A stage that yields `ACCEPTED` has its task acked there and then; whatever ends it afterwards is answered.
 """
 
 import asyncio
@@ -30,13 +32,14 @@ from pipeline.errors import (
     BusUnavailable,
     Cancelled,
     DeadlineExceeded,
+    EngineDied,
     InvalidRequest,
     Permanent,
     PipelineError,
     Transient,
 )
 from pipeline.lease import Lease, LeaseKeeper
-from pipeline.stage import Emit, Stage, Task
+from pipeline.stage import ACCEPTED, Emit, Stage, Task
 from subjects import names
 from subjects.codec import decode, encode
 from subjects.limits import ATTEMPTS_MAX
@@ -64,6 +67,7 @@ class _Running:
     job: asyncio.Task[None]
     stop: Exception | None = None
     settling: bool = False  # the stage is over and its outcome on the way to the broker
+    accepted: bool = False  # acked before its end: no other worker will have it
 
     def end(self, why: Exception) -> None:
         """Break the stage off; `why` decides the outcome. The first reason stands."""
@@ -146,31 +150,47 @@ class Runner:
             task = self._read(delivery)
         except InvalidRequest as error:
             return await self._give_up(delivery, None, error, context)
+        running = self._running[delivery.ack_subject]
         try:
             await self._run(task, delivery, lease)
         except LeaseLost:
             context.warning("lease_lost", code="lease_lost")
             return "lease_lost"
-        except HandOver:
-            await self._bus.nak(delivery)
-            return "handed_over"
-        except Permanent as error:
-            context.info("task_ended_in_error", code=error.code)
-            return await self._answer(delivery, task, error)
-        except Transient as error:
-            if delivery.attempt >= ATTEMPTS_MAX:
-                return await self._give_up(delivery, task, error, context)
-            context.info("task_retried", code=error.code)
-            await self._bus.nak(delivery, delay_s=error.retry_after_s or RETRY_S)
-            return "retried"
         except Exception as error:
-            context.exception("stage_failed", code=type(error).__name__)
-            if delivery.attempt >= ATTEMPTS_MAX:
-                return await self._give_up(delivery, task, _exhausted(delivery, error), context)
-            await self._bus.nak(delivery, delay_s=RETRY_S)
-            return "retried"
-        await self._bus.ack(delivery)
+            if running.accepted:
+                return await self._answer_accepted(task, error, context)
+            return await self._outcome_of(error, delivery, task, context)
+        if not running.accepted:
+            await self._bus.ack(delivery)
         return "done"
+
+    async def _outcome_of(self, error: Exception, delivery: Delivery, task: Task[Any], context: Any) -> str:
+        """What an error makes of a task."""
+        match error:
+            case HandOver():
+                await self._bus.nak(delivery)
+                return "handed_over"
+            case Permanent():
+                context.info("task_ended_in_error", code=error.code)
+                return await self._answer(delivery, task, error)
+            case Transient():
+                context.info("task_retried", code=error.code, reason=str(error))
+                cause: PipelineError = error
+            case _:
+                context.exception("stage_failed", code=type(error).__name__)
+                cause = _exhausted(delivery, error)
+        if delivery.attempt >= ATTEMPTS_MAX:
+            return await self._give_up(delivery, task, cause, context)
+        await self._bus.nak(delivery, delay_s=cause.retry_after_s or RETRY_S)
+        return "retried"
+
+    async def _answer_accepted(self, task: Task[Any], error: Exception, context: Any) -> str:
+        """An accepted task cannot go to another worker: whoever waits for it is told."""
+        if not isinstance(error, PipelineError):
+            context.error("stage_failed", code=type(error).__name__, exc_info=error)
+            error = EngineDied(f"{self._stage.name} broke off: {type(error).__name__}: {error}")
+        await self._publish_all(self._stage.answer(task, error))
+        return error.code
 
     async def _run(self, task: Task[Any], delivery: Delivery, lease: Lease) -> None:
         """Run the stage to its end; raises what ended it early."""
@@ -185,7 +205,10 @@ class Runner:
                     raise Cancelled(reason)
             async with _deadline(deadline_unix_s), contextlib.aclosing(self._stage.run(task)) as emits:
                 async for emit in emits:
-                    if not lease.valid:
+                    if emit is ACCEPTED:
+                        await self._accept(delivery, lease)
+                        continue
+                    if not (lease.valid or running.accepted):
                         raise LeaseLost
                     await self._publish(emit)
                     if emit.frame is not None and emit.frame.finish_reason:
@@ -199,8 +222,13 @@ class Runner:
             running.settling = True
             if request_id:
                 self._cancellations.unwatch(request_id)
-        if not lease.valid:
+        if not (lease.valid or running.accepted):
             raise LeaseLost
+
+    async def _accept(self, delivery: Delivery, lease: Lease) -> None:
+        self._running[delivery.ack_subject].accepted = True
+        self._leases.release(lease)
+        await self._bus.ack(delivery)
 
     def _read(self, delivery: Delivery) -> Task[Any]:
         """The delivery as the stage's task. Raises InvalidRequest where the payload is not the stage's."""

@@ -10,7 +10,7 @@ Calling the stage with its resources binds them: `runner.run(echo.bind(engine=en
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from pipeline.errors import PipelineError
 from subjects import names
@@ -44,6 +44,9 @@ class Emit:
     headers: dict[str, str] | None = None
     frame: Frame | None = None  # what the payload holds, for the runner's metrics
 
+
+ACCEPTED: Final = Emit(subject="", payload=b"")
+"""Yielded by a stage whose task is done once it has begun: the runner acks it now, and hands it out no more."""
 
 Run = Callable[..., AsyncIterator[Emit]]
 Answer = Callable[[Task[Any], PipelineError], Iterable[Emit]]

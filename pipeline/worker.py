@@ -86,6 +86,11 @@ class Worker:
         """Most tasks at once."""
         return self.settings.slots or (self.info.max_running_requests if self.info else SLOTS_DEFAULT)
 
+    @property
+    def disaggregated(self) -> bool:
+        """Whether this worker's engine meets others in rooms."""
+        return self.info is not None and self.info.disaggregation != "aggregated"
+
     async def start_engine(self) -> Engine:
         """Start the engine that the settings name. Raises EngineStartError."""
         started_s = time.monotonic()

@@ -11,6 +11,7 @@ from contextlib import aclosing
 import msgspec
 
 from pipeline import metrics
+from pipeline.engine.disaggregated import DisaggregatedEngine
 from pipeline.engine.protocol import Engine, EngineOutput, EngineRequest
 from pipeline.errors import PipelineError
 from pipeline.progress import Progress
@@ -68,6 +69,8 @@ async def _choice(
         ),
         sampling=request.sampling,
         output=request.output,
+        request_id=request.request_id,
+        deadline_unix_s=request.deadline_unix_s,
     )
     step = _Steps(task, choice, done, worker)
     async with aclosing(engine.generate(work)) as outputs:
@@ -172,6 +175,9 @@ async def serve(worker: Worker) -> None:
     model = worker.model
     consumer = streams.decode_any(model)
     await worker.bus.ensure_consumer(consumer)
+    if worker.disaggregated:
+        engine = DisaggregatedEngine(engine, worker.bus, worker.name, model)
+        await engine.listen()
     await worker.publish_card()
     bound = decode.bind(engine=engine, responses=worker.responses, worker=worker.name)
     await worker.run(bound, [consumer], slots=worker.slots)

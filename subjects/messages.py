@@ -134,6 +134,18 @@ class OutputOptions(Message, frozen=True, kw_only=True):
     no_stop_trim: bool = False
 
 
+class Failure(Message, frozen=True, kw_only=True):
+    """Why a request ended in an error. `code` is stable; see `pipeline.errors` for the tree."""
+
+    code: str
+    message: str
+    status: int  # the HTTP status a gateway answers with
+    field: str | None = None
+    size: float | None = None  # the offending value's size, in the unit of `limit`
+    limit: float | None = None
+    retry_after_s: float | None = None
+
+
 class Work(Message, frozen=True, kw_only=True):
     """What every task for a worker says about the request it belongs to."""
 
@@ -153,6 +165,45 @@ class PreprocessedRequest(Work, frozen=True, kw_only=True):
     choices: int = 1
     reply_format: Format = Format.MSGPACK
     accepted_unix_s: float = 0.0  # when the broker stored the request
+
+
+# --- decode <-> prefill -----------------------------------------------------------------------------
+
+
+class PrefillTask(Work, frozen=True, kw_only=True):
+    """A prompt whose KV its owner, a decode worker, waits for in a bootstrap room."""
+
+    room: int  # in [0, 2**63), new for every offer
+    owner: str  # the decode worker
+    model: str
+    token_ids: TokenIds  # u32[num_prompt_tokens]
+    stop: StopConditions
+    sampling: SamplingOptions = SamplingOptions()  # prefill draws the first token
+    output: OutputOptions = OutputOptions()
+
+
+class Claim(Message, frozen=True, kw_only=True):
+    """A prefill worker asks the owner of a room for leave to prefill it."""
+
+    room: int
+    worker: str
+    incarnation: str
+
+
+class Grant(Message, frozen=True, kw_only=True):
+    """The owner's answer to a claim."""
+
+    granted: bool
+    reason: str | None = None  # why not
+
+
+class Refusal(Message, frozen=True, kw_only=True):
+    """A prefill worker gives a room back that it has claimed."""
+
+    room: int
+    worker: str
+    failure: Failure
+    permanent: bool  # no other prefill worker could do better
 
 
 # --- decode -> client -------------------------------------------------------------------------------
@@ -179,18 +230,6 @@ class Usage(Message, frozen=True, kw_only=True, omit_defaults=False):
     @property
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
-
-
-class Failure(Message, frozen=True, kw_only=True):
-    """Why a request ended in an error. `code` is stable; see `pipeline.errors` for the tree."""
-
-    code: str
-    message: str
-    status: int  # the HTTP status a gateway answers with
-    field: str | None = None
-    size: float | None = None  # the offending value's size, in the unit of `limit`
-    limit: float | None = None
-    retry_after_s: float | None = None
 
 
 FinishReason = Literal["stop", "length", "abort", "error"]

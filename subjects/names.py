@@ -97,6 +97,20 @@ DECODE_WORKER: Final = Subject(
     "PreprocessedRequest",
     "A tokenized request offered to one decode worker first.",
 )
+PREFILL_ANY: Final = Subject(
+    "sglang.prefill.{model}.any",
+    Kind.JETSTREAM,
+    "decode -> prefill",
+    "PrefillTask",
+    "A prompt whose KV its owner waits for, for any prefill worker of the model; it claims the room before it starts.",
+)
+PREFILL_WORKER: Final = Subject(
+    "sglang.prefill.{model}.w.{worker}",
+    Kind.JETSTREAM,
+    "decode -> prefill",
+    "PrefillTask",
+    "A prompt offered to one prefill worker first.",
+)
 RESPONSES: Final = Subject(
     "sglang.responses.{client}.{request_id}",
     Kind.CAPTURED,
@@ -132,6 +146,20 @@ CONTROL: Final = Subject(
     "ControlRequest",
     "An operator's command, answered with a result or an error that says why.",
 )
+CLAIM: Final = Subject(
+    "sglang.bootstrap.{worker}.claim",
+    Kind.SERVICE,
+    "prefill -> decode",
+    "Claim",
+    "May I prefill this room? Answered with a Grant: once for each room, and only while its owner waits.",
+)
+REFUSAL: Final = Subject(
+    "sglang.bootstrap.{worker}.refusal",
+    Kind.CORE,
+    "prefill -> decode",
+    "Refusal",
+    "A claimed room comes to nothing: why, and whether another prefill worker could do better.",
+)
 BOOTSTRAP: Final = Subject(
     "sglang.bootstrap.{worker}.{rank}.{operation}.{room}",
     Kind.CORE,
@@ -158,6 +186,12 @@ ALL: Final[tuple[Subject, ...]] = (
     REQUESTS,
     DECODE_ANY,
     DECODE_WORKER,
+    PREFILL_ANY,
+    PREFILL_WORKER,
+    CLAIM,
+    REFUSAL,
+    BOOTSTRAP,
+    PEER,
     RESPONSES,
     CANCEL,
     HEARTBEAT,

@@ -64,8 +64,13 @@ REQUESTS: Final = StreamSpec(
 )
 WORK: Final = StreamSpec(
     name="WORK",
-    subjects=(names.DECODE_ANY.any(), names.DECODE_WORKER.any()),
-    about="Tokenized requests, until their owner has published the last frame.",
+    subjects=(
+        names.DECODE_ANY.any(),
+        names.DECODE_WORKER.any(),
+        names.PREFILL_ANY.any(),
+        names.PREFILL_WORKER.any(),
+    ),
+    about="Tokenized requests, until their owner has published the last frame; prompts, until their room is claimed.",
     retention="workqueue",
     storage="file",
     discard="new",
@@ -130,6 +135,13 @@ def decode_any(model: str) -> ConsumerSpec:
     )
 
 
+def prefill_any(model: str) -> ConsumerSpec:
+    """The consumer that all prefill workers of a model share."""
+    return ConsumerSpec(
+        name=f"prefill-{token(model)}", stream=WORK.name, filter_subject=names.PREFILL_ANY.of(model=model)
+    )
+
+
 def all_consumers(models: Iterable[str]) -> tuple[ConsumerSpec, ...]:
     """Every consumer of a pipeline that serves these models."""
-    return (*CONSUMERS, *(decode_any(model) for model in sorted(models)))
+    return (*CONSUMERS, *(of(model) for model in sorted(models) for of in (decode_any, prefill_any)))

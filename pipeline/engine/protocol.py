@@ -16,6 +16,15 @@ from subjects.messages import (
 
 
 @dataclass(frozen=True, kw_only=True)
+class Room:
+    """Where two engines meet for one prompt's KV: decode waits in it, prefill brings the KV."""
+
+    number: int  # in [0, 2**63)
+    prefill_worker: str
+    prefill_incarnation: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineRequest:
     """One choice of one request, as an engine takes it."""
 
@@ -24,6 +33,9 @@ class EngineRequest:
     stop: StopConditions
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
+    request_id: str = ""  # the request that the choice belongs to, for those who prefill it elsewhere
+    deadline_unix_s: float | None = None
+    room: Room | None = None  # with disaggregation, on both sides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +79,22 @@ class Engine(Protocol):
         """Stream one choice. The last output has a finish_reason.
 
         Closing the iterator, or cancelling the task that reads it, aborts the request in the engine and
-        frees its KV. Raises InvalidRequest for what the engine refuses and EngineFailed for what it broke on.
+        frees its KV.
+
+        Raises:
+            InvalidRequest: the engine refuses the request.
+            EngineFailed: the engine gave up on this request.
+            EngineDied: the engine ended, or is not started.
+            PrefillLost: with a room, its KV could not be moved.
         """
+        ...
+
+    async def warm_up(self) -> None:
+        """Compute once what the first request would otherwise wait for."""
+        ...
+
+    async def died(self) -> str:
+        """Wait until nothing can be generated any more; the reason."""
         ...
 
     async def load(self) -> Load:

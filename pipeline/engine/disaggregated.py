@@ -1,0 +1,171 @@
+"""Decode's engine where prefill is another worker's: it offers each prompt, and decodes what comes back.
+
+An offer is a task for any prefill worker, with a new room. Whoever pulls it claims the room here first; so a
+cancelled or expired offer costs one message, an offer may be made twice, and no prompt is prefilled twice. Only a
+granted claim starts the engine on the request: SGLang must know the prefill worker when it allocates the pages.
+"""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import msgspec
+import structlog
+
+from pipeline.bus import Bus, Received
+from pipeline.engine.protocol import Engine, EngineInfo, EngineOutput, EngineRequest, Room
+from pipeline.errors import PipelineError, PrefillLost, from_failure
+from subjects import names
+from subjects.codec import decode, encode
+from subjects.messages import Claim, Grant, Load, PrefillTask, Refusal
+
+OFFERS_MAX: Final = 4
+"""A prompt whose prefill worker was lost this often goes back to the queue of decode tasks."""
+ROOM_BITS: Final = 63
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class _Offer:
+    """An open room: who claimed it, and what became of that."""
+
+    claim: asyncio.Future[Claim] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    refusal: asyncio.Future[Refusal] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class DisaggregatedEngine:
+    """Implements `Engine` over a decode engine and the prefill workers of its model."""
+
+    def __init__(self, engine: Engine, bus: Bus, worker: str, model: str) -> None:
+        self._engine, self._bus, self._worker, self._model = engine, bus, worker, model
+        self._offers: dict[int, _Offer] = {}  # by room
+
+    async def listen(self) -> None:
+        """Begin to answer claims."""
+        await self._bus.subscribe(names.CLAIM.of(worker=self._worker), self._hear_claim)
+        await self._bus.subscribe(names.REFUSAL.of(worker=self._worker), self._hear_refusal)
+
+    async def start(self) -> EngineInfo:
+        return await self._engine.start()
+
+    async def warm_up(self) -> None:
+        """Nothing to compute alone: pairs of engines connect when they hear of each other."""
+
+    async def died(self) -> str:
+        return await self._engine.died()
+
+    async def load(self) -> Load:
+        return await self._engine.load()
+
+    async def close(self) -> None:
+        await self._engine.close()
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        """See `Engine.generate`. A prefill worker lost before the first token costs a pause, not the request."""
+        for number in range(OFFERS_MAX):
+            room, offer = secrets.randbits(ROOM_BITS), _Offer()
+            self._offers[room] = offer
+            started = False
+            try:
+                await self._publish(request, room)
+                claim = await offer.claim
+                meeting = Room(number=room, prefill_worker=claim.worker, prefill_incarnation=claim.incarnation)
+                work = replace(request, rid=f"{request.rid}.{number}", room=meeting)
+                async with aclosing(_unless_refused(self._engine.generate(work), offer.refusal)) as outputs:
+                    async for output in outputs:
+                        started = True
+                        yield output
+                return
+            except PrefillLost as error:
+                if started:
+                    raise
+                log.warning("prefill_lost", room=room, worker=claim.worker, code=error.code, reason=str(error))
+            finally:
+                del self._offers[room]
+        raise PrefillLost(f"{OFFERS_MAX} prefill workers were lost", size=OFFERS_MAX, limit=OFFERS_MAX)
+
+    async def _publish(self, request: EngineRequest, room: int) -> None:
+        task = PrefillTask(
+            request_id=request.request_id,
+            deadline_unix_s=request.deadline_unix_s,
+            room=room,
+            owner=self._worker,
+            model=self._model,
+            token_ids=request.token_ids,
+            stop=request.stop,
+            sampling=request.sampling,
+            output=request.output,
+        )
+        await self._bus.publish_durable(
+            names.PREFILL_ANY.of(model=self._model), encode(task), msg_id=f"{self._worker}.{room}"
+        )
+
+    def _hear_claim(self, received: Received) -> None:
+        claim = decode(Claim, received.payload)
+        offer = self._offers.get(claim.room)
+        if offer is None:
+            grant = Grant(granted=False, reason="nobody waits for this room")
+        elif offer.claim.done():
+            grant = Grant(granted=False, reason=f"{offer.claim.result().worker} has this room")
+        else:
+            grant = Grant(granted=True)
+            offer.claim.set_result(claim)
+        self._bus.spawn(self._bus.respond(received, encode(grant)))
+
+    def _hear_refusal(self, received: Received) -> None:
+        refusal = decode(Refusal, received.payload)
+        offer = self._offers.get(refusal.room)
+        if offer is not None and not offer.refusal.done():
+            offer.refusal.set_result(refusal)
+
+
+async def _unless_refused(
+    outputs: AsyncIterator[EngineOutput], refusal: asyncio.Future[Refusal]
+) -> AsyncIterator[EngineOutput]:
+    """The outputs, broken off where prefill refuses before the first one. Raises PrefillLost, or prefill's error."""
+    async with aclosing(outputs):
+        first = asyncio.ensure_future(anext(outputs))
+        try:
+            await asyncio.wait({first, refusal}, return_when=asyncio.FIRST_COMPLETED)
+            if not first.done():
+                raise _refused(refusal.result())
+            yield first.result()
+        finally:
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+        async for output in outputs:
+            yield output
+
+
+def _refused(refusal: Refusal) -> PipelineError:
+    if refusal.permanent:
+        return from_failure(refusal.failure)
+    return PrefillLost(f"prefill worker {refusal.worker} gave the room back: {refusal.failure.message}")
+
+
+class Claims:
+    """A prefill worker's side: asks owners for leave."""
+
+    def __init__(self, bus: Bus, worker: str, incarnation: str) -> None:
+        self._bus, self._worker, self._incarnation = bus, worker, incarnation
+
+    @property
+    def worker(self) -> str:
+        return self._worker
+
+    async def claim(self, task: PrefillTask) -> Room | None:
+        """The room, if its owner still waits for it. Raises BusUnavailable where the owner does not answer."""
+        claim = Claim(room=task.room, worker=self._worker, incarnation=self._incarnation)
+        answer = await self._bus.request(names.CLAIM.of(worker=task.owner), encode(claim))
+        try:
+            grant = decode(Grant, answer.payload)
+        except msgspec.DecodeError as error:
+            raise PrefillLost(f"the owner's answer to a claim cannot be read: {error}") from None
+        if not grant.granted:
+            log.info("claim_denied", room=task.room, request_id=task.request_id, reason=grant.reason)
+            return None
+        return Room(number=task.room, prefill_worker=self._worker, prefill_incarnation=self._incarnation)
