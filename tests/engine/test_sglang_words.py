@@ -8,7 +8,6 @@ from pipeline.errors import EngineFailed, InvalidRequest
 from subjects.codec import TokenIds
 from subjects.messages import OutputOptions, PositionLogprobs, SamplingOptions, StopConditions, TokenLogprob
 
-
 OPEN, STREAMED = SamplingOptions(), OutputOptions()
 
 
