@@ -157,6 +157,7 @@ class Runner:
             context.warning("lease_lost", code="lease_lost")
             return "lease_lost"
         except Exception as error:
+            context.debug("stage_ended_early", code=type(error).__name__)
             if running.accepted:
                 return await self._answer_accepted(task, error, context)
             return await self._outcome_of(error, delivery, task, context)

@@ -32,11 +32,11 @@ class Tap:
     @classmethod
     @contextlib.asynccontextmanager
     async def on(cls, url: str) -> AsyncIterator["Tap"]:
-        """Listen to every subject of the pipeline. Raises BusConnectError."""
+        """Listen to every subject that may be listened to. Raises BusConnectError."""
         bus = await Bus.connect(url, name="tap")
         tap = cls(bus)
         try:
-            for kind in names.ALL:
+            for kind in names.READABLE:
                 await bus.subscribe(kind.any(), partial(tap._count, kind))
             await bus.flush()
             yield tap
@@ -49,7 +49,7 @@ class Tap:
 
     def seen(self) -> list[Seen]:
         """Every kind of subject that carried something, in the order of their declaration."""
-        return [self._seen[kind.template] for kind in names.ALL if kind.template in self._seen]
+        return [self._seen[kind.template] for kind in names.READABLE if kind.template in self._seen]
 
     def _count(self, kind: names.Subject, received: Received) -> None:
         seen = self._seen.setdefault(kind.template, Seen(received.subject, kind.flow))

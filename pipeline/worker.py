@@ -21,7 +21,7 @@ from pipeline.cancel import Cancellations
 from pipeline.config import WorkerSettings
 from pipeline.engine.build import build_engine
 from pipeline.engine.protocol import Engine, EngineInfo
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, EngineDied, PipelineError
 from pipeline.lease import LeaseKeeper
 from pipeline.presence import Announcer, Presence
 from pipeline.responses import StreamLog
@@ -51,6 +51,7 @@ class Worker:
         self.engine: Engine | None = None
         self.info: EngineInfo | None = None
         self.ready = False
+        self.failure: PipelineError | None = None  # why the worker ended by itself
         self._draining = asyncio.Event()
         self._load = Load()
         self._runner: Runner | None = None
@@ -92,12 +93,14 @@ class Worker:
         return self.info is not None and self.info.disaggregation != "aggregated"
 
     async def start_engine(self) -> Engine:
-        """Start the engine that the settings name. Raises EngineStartError."""
+        """Start the engine that the settings name, and warm it up. Raises EngineStartError."""
         started_s = time.monotonic()
-        self.engine = build_engine(self.settings)
+        self.engine = build_engine(self.settings, self.incarnation)
         self.info = await self.engine.start()
+        await self.engine.warm_up()
         log.info("engine_started", model=self.model, duration_ms=round(1e3 * (time.monotonic() - started_s)))
         self._tasks.append(asyncio.create_task(self._watch_load(), name="load"))
+        self._tasks.append(asyncio.create_task(self._watch_engine(), name="engine"))
         return self.engine
 
     async def publish_card(self) -> None:
@@ -169,6 +172,13 @@ class Worker:
             sent_unix_s=time.time(),
         )
 
+    async def _watch_engine(self) -> None:
+        """A worker without an engine is of no use: it hands its tasks on and ends, to be started again."""
+        assert self.engine is not None
+        self.failure = EngineDied(await self.engine.died())
+        log.error("engine_died", worker=self.name, code=self.failure.code, reason=str(self.failure))
+        self.drain()
+
     async def _watch_load(self) -> None:
         assert self.engine is not None
         while True:
@@ -223,3 +233,5 @@ async def _serve(settings: WorkerSettings) -> None:
     finally:
         await worker.close()
         log.info("worker_stopped", worker=worker.name)
+    if worker.failure is not None:
+        raise worker.failure

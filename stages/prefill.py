@@ -60,9 +60,8 @@ async def prefill(task: Task[PrefillTask], engine: Engine, claims: Claims) -> As
 
 
 async def serve(worker: Worker) -> None:
-    """Start the engine, warm it up, publish the model card, and take prompts until the worker drains."""
+    """Start the engine, publish the model card, and take prompts until the worker drains."""
     engine = await worker.start_engine()
-    await engine.warm_up()
     consumer = streams.prefill_any(worker.model)
     await worker.bus.ensure_consumer(consumer)
     await worker.publish_card()

@@ -168,11 +168,12 @@ BOOTSTRAP: Final = Subject(
     "The handshake of a KV transfer: register, transfer, status, abort, abort_ack, receipt, rooms (what is open).",
 )
 PEER: Final = Subject(
-    "sglang.peer.{worker}.{rank}",
+    "sglang_peer.{worker}.{rank}",
     Kind.CORE,
     "prefill <-> decode engines",
     "empty",
-    "Asked four times a second while a room is open: no responders means that the rank is gone.",
+    "Asked four times a second while a room is open: no responders means that the rank is gone. Outside `sglang.>`, "
+    "since whoever reads a subject is a responder on it.",
 )
 DEAD: Final = Subject(
     "sglang.dead.{stage}.{model}",
@@ -201,7 +202,8 @@ ALL: Final[tuple[Subject, ...]] = (
 )
 
 EVERYTHING: Final = "sglang.>"
-"""All of the above, for an operator who looks on."""
+"""All of them but `PEER`, for an operator who looks on."""
+READABLE: Final = tuple(subject for subject in ALL if subject is not PEER)
 
 # Subjects that nats-server itself defines.
 MAX_DELIVERIES_ADVISORIES: Final = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>"

@@ -5,8 +5,8 @@ from pipeline.engine.protocol import Engine
 from pipeline.errors import ConfigError
 
 
-def build_engine(settings: WorkerSettings) -> Engine:
-    """The engine that the settings name, not yet started."""
+def build_engine(settings: WorkerSettings, incarnation: str) -> Engine:
+    """The engine that the settings name, not yet started. `incarnation`: the worker's, for its handshakes."""
     if settings.engine == "simulated":
         from pipeline.engine.simulated import SimulatedEngine
 
@@ -14,5 +14,11 @@ def build_engine(settings: WorkerSettings) -> Engine:
     if not settings.model_path:
         raise ConfigError("the SGLang engine needs a model: give --model-path PATH", field="model_path")
     from pipeline.engine.sglang.engine import SglangEngine
+    from pipeline.engine.sglang.handshake import HandshakeSettings
 
-    return SglangEngine(settings.model_path, settings.sglang)
+    given = {"disaggregation_mode": "prefill"} | settings.sglang if settings.role == "prefill" else settings.sglang
+    mode = given.get("disaggregation_mode", "null")
+    handshake = None
+    if mode in ("prefill", "decode"):
+        handshake = HandshakeSettings(url=settings.nats, worker=settings.worker, incarnation=incarnation, role=mode)
+    return SglangEngine(settings.model_path, given, handshake)

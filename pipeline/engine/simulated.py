@@ -16,7 +16,7 @@ from typing import Final
 
 from pipeline.config import SimulatedSettings
 from pipeline.engine.protocol import EngineInfo, EngineOutput, EngineRequest
-from pipeline.errors import EngineFailed, InvalidRequest
+from pipeline.errors import EngineDied, InvalidRequest
 from subjects.codec import TokenIds
 from subjects.messages import FinishReason, Load, PositionLogprobs, TokenLogprob
 
@@ -245,7 +245,7 @@ class SimulatedEngine:
         self._wheel = Wheel(settings.itl_ms / 1000)
         self._running: dict[str, tuple[EngineRequest, Writer]] = {}  # by rid
         self._waiting: set[str] = set()  # rids
-        self._closed = False
+        self._closed = asyncio.Event()
 
     async def start(self) -> EngineInfo:
         settings = self._settings
@@ -282,8 +282,15 @@ class SimulatedEngine:
             kv_tokens=self._kv_tokens,
         )
 
+    async def warm_up(self) -> None:
+        """Nothing to compute."""
+
+    async def died(self) -> str:
+        await self._closed.wait()
+        return "the simulated engine was closed"
+
     async def close(self) -> None:
-        self._closed = True
+        self._closed.set()
         self._wheel.stop()
 
     @property
@@ -311,8 +318,8 @@ class SimulatedEngine:
     async def _paced(self, writer: Writer, turn: Turn) -> AsyncIterator[EngineOutput]:
         finished = False
         while not finished:
-            if self._closed:
-                raise EngineFailed("the simulated engine was closed")
+            if self._closed.is_set():
+                raise EngineDied("the simulated engine was closed")
             await turn.ready.wait()
             turn.ready.clear()
             if turn.tokens:
@@ -323,8 +330,8 @@ class SimulatedEngine:
 
     def _refuse(self, request: EngineRequest) -> None:
         """Raise InvalidRequest for what SGLang would refuse too, and for what cannot be simulated."""
-        if self._closed:
-            raise EngineFailed("the simulated engine was closed")
+        if self._closed.is_set():
+            raise EngineDied("the simulated engine was closed")
         if request.rid in self._running or request.rid in self._waiting:
             raise InvalidRequest(f"the engine already has a request {request.rid!r}", field="rid")
         size, limit = len(request.token_ids) + request.stop.max_tokens, self._settings.context_len_tokens

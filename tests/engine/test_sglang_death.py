@@ -13,7 +13,7 @@ from pipeline.config import BUILTIN_MODEL
 from pipeline.engine.protocol import EngineRequest
 from pipeline.engine.sglang import launch
 from pipeline.engine.sglang.engine import SglangEngine
-from pipeline.errors import EngineFailed, EngineStartError
+from pipeline.errors import EngineDied, EngineStartError
 from subjects.codec import TokenIds
 from subjects.messages import StopConditions
 
@@ -36,14 +36,14 @@ async def test_a_killed_scheduler_fails_what_runs_and_what_comes(tokenizer: Toke
         async with aclosing(engine.generate(long_request(tokenizer))) as outputs:
             await anext(outputs)
             os.kill(scheduler, signal.SIGKILL)
-            with pytest.raises(EngineFailed):
+            with pytest.raises(EngineDied):
                 async with asyncio.timeout(DEATH_S_MAX):
                     async for _ in outputs:
                         pass
         assert "ended" in await asyncio.wait_for(engine.died(), DEATH_S_MAX)
-        with pytest.raises(EngineFailed):
+        with pytest.raises(EngineDied):
             await anext(engine.generate(long_request(tokenizer)))
-        with pytest.raises(EngineFailed):
+        with pytest.raises(EngineDied):
             await engine.load()
     finally:
         await engine.close()

@@ -18,7 +18,7 @@ from pipeline.engine.simulated import (
     expected_tokens,
     text_of,
 )
-from pipeline.errors import EngineFailed, InvalidRequest
+from pipeline.errors import EngineDied, InvalidRequest
 from subjects.codec import TokenIds
 from subjects.messages import OutputOptions, SamplingOptions, StopConditions
 
@@ -165,9 +165,9 @@ async def test_closing_fails_what_runs_and_what_comes():
     await asyncio.wait_for(anext(stream), DEADLINE_S)
     await engine.close()
     await engine.close()
-    with pytest.raises(EngineFailed):
+    with pytest.raises(EngineDied):
         await asyncio.wait_for(anext(stream), DEADLINE_S)
-    with pytest.raises(EngineFailed):
+    with pytest.raises(EngineDied):
         await run(engine, request(rid="later"))
 
 

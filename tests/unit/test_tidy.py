@@ -17,7 +17,7 @@ LOGGERS = {"log", "_log", "context"}
 LOG_METHODS = {"debug", "info", "warning", "error", "exception", "critical", "bind", "bind_contextvars"}
 WORDS_THAT_SAY_NOTHING = {"utils", "util", "helpers", "helper", "manager", "data", "common", "misc"}
 # The first two tokens of every subject that is ours: what must not be spelled out elsewhere.
-SUBJECT = re.compile(rf"\bsglang\.(?:{'|'.join({kind.template.split('.')[1] for kind in names.ALL})})\b")
+SUBJECT = re.compile(rf"\bsglang\.(?:{'|'.join({kind.template.split('.')[1] for kind in names.READABLE})})\b")
 
 
 def sources(*folders: str) -> Iterator[tuple[str, ast.Module]]:

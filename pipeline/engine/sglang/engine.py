@@ -1,6 +1,7 @@
 """SGLang behind the pipeline's Engine protocol."""
 
 import asyncio
+import os
 import secrets
 import signal
 import threading
@@ -15,13 +16,16 @@ import structlog
 
 from pipeline.engine.protocol import EngineInfo, EngineOutput, EngineRequest
 from pipeline.engine.sglang import launch, outputs, requests
-from pipeline.errors import EngineFailed, InvalidRequest, PipelineError
+from pipeline.engine.sglang.handshake import HandshakeSettings
+from pipeline.errors import EngineDied, EngineFailed, InvalidRequest, PipelineError
 from pipeline.models import prepare_model
 from subjects.messages import Load, SamplingOptions
 
 INFO_S_MAX: Final = 60.0
 """How long a started scheduler may take to answer its first question."""
 CLOSE_S_MAX: Final = 30.0
+WARM_UP_TOKENS: Final = 16
+WARM_UP_S_MAX: Final = 120.0
 _DISAGGREGATION: Final = {"null": "aggregated", "prefill": "prefill", "decode": "decode"}
 log = structlog.get_logger()
 
@@ -32,8 +36,11 @@ class SglangEngine:
     One engine a process. `server_args` are SGLang's own fields; see `server_args.resolve`.
     """
 
-    def __init__(self, model_path: str, server_args: Mapping[str, Any]) -> None:
-        self._model_path = model_path
+    def __init__(
+        self, model_path: str, server_args: Mapping[str, Any], handshake: HandshakeSettings | None = None
+    ) -> None:
+        """`handshake`: with disaggregation, this engine's place on the bus."""
+        self._model_path, self._handshake = model_path, handshake
         self._server_args = dict(server_args)
         # SGLang's children die with the thread that started them: it must live as long as they.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sglang-launch")
@@ -85,6 +92,29 @@ class SglangEngine:
             del self._streams[request.rid]
             await stream.close()
 
+    async def warm_up(self) -> None:
+        """Prefill one prompt: SGLang's kernels compile and its pools are touched at the first.
+
+        A decode engine alone has nothing to prefill, and a prefill engine hands the KV to nobody (SGLang's fake peer).
+        """
+        from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        mode = self._handshake.role if self._handshake else None
+        if mode == "decode":
+            return
+        tokenizer = self._manager.tokenizer
+        first = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)
+        given = GenerateReqInput(
+            input_ids=[first] * WARM_UP_TOKENS,
+            sampling_params={"max_new_tokens": 1, "temperature": 0, "ignore_eos": True},
+            bootstrap_host=FAKE_BOOTSTRAP_HOST if mode else None,
+            bootstrap_room=0 if mode else None,
+        )
+        async with asyncio.timeout(WARM_UP_S_MAX):
+            async for _ in self._manager.generate_request(given, None):
+                pass
+
     async def load(self) -> Load:
         """What SGLang's schedulers reported last; they do so at every step."""
         self._refuse_if_dead()
@@ -118,6 +148,8 @@ class SglangEngine:
     def _launch(self) -> Any:
         """Runs in the engine's own thread."""
         path = prepare_model(self._model_path)
+        if self._handshake is not None:
+            os.environ.update(self._handshake.to_environment())  # SGLang's processes inherit it
         return launch.launch(str(path), self._server_args, self._given_up)
 
     def _read_outputs(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -153,13 +185,13 @@ class SglangEngine:
         if self._streams:
             log.error("engine_died", reason=reason, in_flight=len(self._streams))
         for stream in self._streams.values():
-            stream.fail(EngineFailed(reason))
+            stream.fail(EngineDied(reason))
 
     def _refuse_if_dead(self) -> None:
         if self._death is None or self._manager is None:
-            raise EngineFailed("the engine is not started")
+            raise EngineDied("the engine is not started")
         if self._death.done():
-            raise EngineFailed(self._death.result())
+            raise EngineDied(self._death.result())
 
     async def _end_processes(self, launched: asyncio.Future[Any]) -> None:
         """Kill SGLang's processes, those included that a start in progress makes meanwhile."""

@@ -6,17 +6,20 @@ streaming); `meta_info["finish_reason"]` is a dictionary on the last one.
 
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final
 
 from pipeline.engine.protocol import EngineOutput
 from pipeline.engine.sglang.requests import refusal
-from pipeline.errors import EngineFailed
+from pipeline.errors import EngineFailed, PrefillLost
 from subjects.codec import NO_TOKENS, TokenIds
 from subjects.messages import PositionLogprobs, TokenLogprob
 
+_TRANSFER_FAILED: Final = "KVTransferError"
+"""Stands in SGLang's word of a room that came to nothing."""
+
 
 def step(chunk: Mapping[str, Any], *, logprobs: bool, top_logprobs: int) -> EngineOutput:
-    """One chunk as a step. Raises InvalidRequest or EngineFailed where SGLang ended the request for that reason."""
+    """One chunk as a step. Raises InvalidRequest, PrefillLost or EngineFailed where SGLang ended the request so."""
     meta = chunk["meta_info"]
     finish = meta["finish_reason"]
     if finish and finish["type"] == "abort":
@@ -37,6 +40,8 @@ def _aborted(finish: Mapping[str, Any]) -> EngineOutput:
     status, message = finish.get("status_code"), finish.get("message") or "the engine gave up"
     if status == HTTPStatus.BAD_REQUEST:
         raise refusal(message)
+    if _TRANSFER_FAILED in message:
+        raise PrefillLost(message)
     if status is not None:
         raise EngineFailed(message)
     return EngineOutput(token_ids=NO_TOKENS, finish_reason="abort")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from pipeline.engine.protocol import EngineRequest
+from pipeline.engine.sglang.handshake import bootstrap_host
 from pipeline.errors import InvalidRequest
 
 _STEP_TOKENS_WITHOUT_STREAMING: Final = 50
@@ -38,6 +39,11 @@ def arguments(request: EngineRequest, defaults: Mapping[str, Any]) -> dict[str, 
         "sampling_params": sampling_params(request, defaults),
         "stream": True,
     }
+    if request.room is not None:
+        given |= {
+            "bootstrap_host": bootstrap_host(request.room.prefill_worker, request.room.prefill_incarnation),
+            "bootstrap_room": request.room.number,
+        }
     if output.logprobs:
         given |= {
             "return_logprob": True,
