@@ -8,14 +8,13 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
 
-import msgspec
-
 from pipeline import metrics
 from pipeline.engine.disaggregated import DisaggregatedEngine
 from pipeline.engine.protocol import Engine, EngineOutput, EngineRequest
 from pipeline.errors import PipelineError
 from pipeline.progress import Progress
 from pipeline.responses import ResponseLog
+from pipeline.resumption import Seam, plan
 from pipeline.stage import Emit, Task, emit_frame, end_with_error, stage
 from pipeline.worker import Worker
 from subjects import streams
@@ -59,25 +58,29 @@ async def _choice(
     """One choice's frames. Without streaming it is one frame that holds everything."""
     request = task.payload
     done = len(so_far.token_ids)
+    steps = _Steps(task, choice, done, worker)
+    if done >= request.stop.max_tokens:
+        yield steps.frame(EngineOutput(token_ids=NO_TOKENS, finish_reason="length"))
+        return
+    how = plan(request, so_far)
+    seam = Seam(request, so_far, how)
     work = EngineRequest(
         rid=f"{request.request_id}.{choice}.{task.attempt}",
-        token_ids=request.token_ids + so_far.token_ids,
-        stop=msgspec.structs.replace(
-            request.stop,
-            max_tokens=request.stop.max_tokens - done,
-            min_tokens=max(0, request.stop.min_tokens - done),
-        ),
-        sampling=request.sampling,
+        token_ids=how.token_ids,
+        stop=how.stop,
+        sampling=how.sampling,
         output=request.output,
         request_id=request.request_id,
         deadline_unix_s=request.deadline_unix_s,
     )
-    step = _Steps(task, choice, done, worker)
     async with aclosing(engine.generate(work)) as outputs:
         async for output in outputs:
-            frame = step.frame(output)
+            new = seam.output(output)
+            frame = steps.frame(new) if new else None
             if frame is not None:
                 yield frame
+                if frame.finish_reason:
+                    return
 
 
 class _Steps:
