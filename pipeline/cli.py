@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import typer
 
@@ -48,6 +48,7 @@ NatsOption = Annotated[
         help=f"The broker; else $SGLANG_NATS_NATS, $NATS_URL, {config.NATS_URL_DEFAULT}.",
     ),
 ]
+Watched = Annotated[Literal["bootstrap"], typer.Argument(help="What to watch.")]
 ModelOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="The served model; default: the only one that is served.")
 ]
@@ -201,6 +202,14 @@ def workers(nats: NatsOption = None) -> None:
     from pipeline import look
 
     _run(look.show_workers(nats or config.nats_url()))
+
+
+@app.command(rich_help_panel=ASK)
+def watch(what: Watched, nats: NatsOption = None) -> None:
+    """Print what passes between workers as it happens: bootstrap, the handshakes of prefill and decode."""
+    from pipeline import watch as watching
+
+    _run(watching.watch_bootstrap(nats or config.nats_url()))
 
 
 @app.command(rich_help_panel=ASK)
