@@ -7,15 +7,14 @@ import json
 import sys
 import threading
 
-from pipeline.config import BUILTIN_MODEL
 from pipeline.engine.sglang import launch
 from pipeline.models import prepare_model
 
 
 def main() -> None:
     asked = json.load(sys.stdin)
-    engine = launch.launch(str(prepare_model(BUILTIN_MODEL)), asked["server_args"], threading.Event())
-    greedy = {"temperature": 0, "max_new_tokens": asked["max_new_tokens"]}
+    engine = launch.launch(str(prepare_model(asked["model_path"])), asked["server_args"], threading.Event())
+    greedy = {"temperature": 0, "max_new_tokens": asked["max_new_tokens"], "ignore_eos": asked.get("ignore_eos", False)}
     outputs = [engine.generate(input_ids=prompt, sampling_params=greedy) for prompt in asked["prompts"]]
     launch.end(engine)
     json.dump([output["output_ids"] for output in outputs], sys.stdout)

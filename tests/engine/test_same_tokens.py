@@ -35,9 +35,14 @@ async def reference(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
-    asked = json.dumps({"prompts": prompts, "max_new_tokens": MAX_TOKENS, "server_args": SERVER_ARGS}).encode()
+    asked = {
+        "prompts": prompts,
+        "max_new_tokens": MAX_TOKENS,
+        "server_args": SERVER_ARGS,
+        "model_path": BUILTIN_MODEL,
+    }
     async with asyncio.timeout(REFERENCE_S_MAX):
-        printed, _ = await process.communicate(asked)
+        printed, _ = await process.communicate(json.dumps(asked).encode())
     assert process.returncode == 0
     return json.loads(printed.splitlines()[-1])
 

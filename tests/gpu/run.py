@@ -1,0 +1,179 @@
+"""On one GPU: the pipeline's tokens against `Engine.generate`, its throughput, and what happens when a worker is killed.
+
+    python tests/gpu/run.py MODEL_FOLDER --out result.json
+
+Runs, one after another: SGLang by itself, our aggregated and our disaggregated topology (prefill and decode engines on
+the same GPU, KV by NIXL, control plane on NATS). Prints a table and writes everything as JSON.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import uvloop
+
+from pipeline.client import Client
+from pipeline.config import GroupSettings, TopologySettings
+from pipeline.local import LocalTopology, running
+
+ENGINE: Final = {
+    "attention_backend": "triton",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "mem_fraction_static": 0.35,
+    "cuda_graph_max_bs_decode": 64,
+    "random_seed": 0,
+}
+START_S_MAX: Final = 400.0
+MODEL: Final = "llama"
+CHECKED_PROMPTS: Final = 20
+CHECKED_TOKENS: Final = 32
+PROMPT_TOKENS: Final = 512
+NEW_TOKENS: Final = 128
+AT_ONCE: Final = (1, 16, 64)
+SEED: Final = 7
+
+
+def prompts(count: int, tokens: int, seed: int = SEED) -> list[list[int]]:
+    """Random prompts, int[count][tokens]; the first token sets each apart, so that no prefix is cached."""
+    draw = random.Random(seed)
+    return [[draw.randrange(100, 40_000) for _ in range(tokens)] for _ in range(count)]
+
+
+def topology(folder: Path, *, disaggregated: bool) -> TopologySettings:
+    common: dict[str, Any] = {"model": MODEL, "model_path": str(folder)}
+    if disaggregated:
+        engines = (
+            GroupSettings(role="prefill", sglang=ENGINE | {"disable_prefill_cuda_graph": True}, **common),
+            GroupSettings(role="decode", sglang=ENGINE | {"disaggregation_mode": "decode"}, **common),
+        )
+    else:
+        engines = (GroupSettings(role="decode", sglang=ENGINE, **common),)
+    return TopologySettings(
+        start_s_max=START_S_MAX, workers=(GroupSettings(role="preprocess", models={MODEL: str(folder)}), *engines)
+    )
+
+
+def reference(folder: Path) -> list[list[int]]:
+    """Greedy tokens of `Engine.generate`, one prompt at a time, in a process of its own."""
+    asked = {
+        "prompts": prompts(CHECKED_PROMPTS, PROMPT_TOKENS),
+        "max_new_tokens": CHECKED_TOKENS,
+        "server_args": ENGINE,
+        "model_path": str(folder),
+        "ignore_eos": True,
+    }
+    script = Path(__file__).parents[1] / "engine" / "reference.py"
+    done = subprocess.run(
+        [sys.executable, str(script)], input=json.dumps(asked), capture_output=True, text=True, timeout=START_S_MAX
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+async def ask(client: Client, prompt: list[int], new_tokens: int) -> dict[str, Any]:
+    """One greedy request: its tokens, TTFT and whole time in ms, and its error if it had one."""
+    began, first, tokens, error = time.perf_counter(), None, [], None
+    async for frame in client.generate(
+        model=MODEL, prompt=tuple(prompt), temperature=0.0, max_tokens=new_tokens, ignore_eos=True
+    ):
+        if frame.token_ids and first is None:
+            first = time.perf_counter()
+        tokens += frame.token_ids.tolist()
+        error = frame.error.message if frame.error else error
+    ended = time.perf_counter()
+    ttft_ms = None if first is None else round(1e3 * (first - began), 2)
+    return {"tokens": tokens, "ttft_ms": ttft_ms, "e2e_ms": round(1e3 * (ended - began), 2), "error": error}
+
+
+async def load(client: Client, at_once: int, seed: int) -> dict[str, Any]:
+    """A closed loop of `at_once` requests, four rounds' worth after one that is not counted."""
+    gate = asyncio.Semaphore(at_once)
+
+    async def one(prompt: list[int]) -> dict[str, Any]:
+        async with gate:
+            return await ask(client, prompt, NEW_TOKENS)
+
+    await asyncio.gather(*(one(prompt) for prompt in prompts(at_once, PROMPT_TOKENS, seed)))
+    began = time.perf_counter()
+    answers = await asyncio.gather(*(one(prompt) for prompt in prompts(4 * at_once, PROMPT_TOKENS, seed + 1)))
+    took_s = time.perf_counter() - began
+    ttfts = [answer["ttft_ms"] for answer in answers if answer["ttft_ms"] is not None]
+    return {
+        "at_once": at_once,
+        "requests": len(answers),
+        "failed": sum(answer["error"] is not None for answer in answers),
+        "tokens_per_s": round(sum(len(answer["tokens"]) for answer in answers) / took_s, 1),
+        "ttft_ms_p50": statistics.median(ttfts),
+        "e2e_ms_p50": statistics.median(answer["e2e_ms"] for answer in answers),
+    }
+
+
+async def killed(client: Client, local: LocalTopology, role: str) -> dict[str, Any]:
+    """Kill -9 a role's only worker with 16 requests in flight; the supervisor starts it again."""
+    work = [asyncio.create_task(ask(client, prompt, NEW_TOKENS)) for prompt in prompts(16, PROMPT_TOKENS, 99)]
+    child = next(child for child in local.children if child.settings.role == role)
+    await asyncio.sleep(0.2)  # some have started, some have not
+    assert child.process is not None
+    child.process.kill()
+    began = time.perf_counter()
+    answers = await asyncio.gather(*work)
+    return {
+        "role": role,
+        "failed": [answer["error"] for answer in answers if answer["error"]],
+        "complete": sum(len(answer["tokens"]) == NEW_TOKENS for answer in answers),
+        "until_all_done_s": round(time.perf_counter() - began, 1),
+    }
+
+
+async def measure(folder: Path, wanted: list[list[int]], *, disaggregated: bool, kill: bool) -> dict[str, Any]:
+    result: dict[str, Any] = {"disaggregated": disaggregated}
+    with tempfile.TemporaryDirectory() as scratch:
+        async with running(topology(folder, disaggregated=disaggregated), Path(scratch)) as local:
+            began = time.perf_counter()
+            await local.start()
+            await local.until_ready()
+            result["start_s"] = round(time.perf_counter() - began, 1)
+            supervising = asyncio.create_task(local.until_failed())
+            async with Client.connect(local.url) as client:
+                checked = prompts(CHECKED_PROMPTS, PROMPT_TOKENS)
+                got = [(await ask(client, prompt, CHECKED_TOKENS)) for prompt in checked]
+                result["errors"] = [answer["error"] for answer in got if answer["error"]]
+                equal = sum(answer["tokens"] == want for answer, want in zip(got, wanted, strict=True))
+                result["equal_to_engine_generate"] = f"{equal} of {len(wanted)}"
+                result["load"] = [await load(client, at_once, 1000 + at_once) for at_once in AT_ONCE]
+                if kill:
+                    roles = ("prefill", "decode") if disaggregated else ("decode",)
+                    result["killed"] = [await killed(client, local, role) for role in roles]
+            supervising.cancel()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--kill", action="store_true", help="also kill workers under load")
+    given = parser.parse_args()
+    wanted = reference(given.folder)
+    results = []
+    for disaggregated in (False, True):
+        try:
+            results.append(uvloop.run(measure(given.folder, wanted, disaggregated=disaggregated, kill=given.kill)))
+        except Exception as error:  # the outermost guard: the other topology's figures are worth having
+            results.append({"disaggregated": disaggregated, "broke": f"{type(error).__name__}: {error}"})
+        print(json.dumps(results[-1], indent=1), flush=True)
+        given.out.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
