@@ -1,4 +1,4 @@
-"""On one GPU: the pipeline's tokens against `Engine.generate`, its throughput, and what happens when a worker is killed.
+"""On one GPU: tokens against `Engine.generate`, throughput, and what happens when a worker is killed.
 
     python tests/gpu/run.py MODEL_FOLDER --out result.json
 
