@@ -21,7 +21,7 @@ def line_of(received: Received) -> str | None:
         return str(_plain(claim.room, f"{claim.worker}.{claim.incarnation}", to["worker"], "claim"))
     if to := names.REFUSAL.parse(received.subject):
         refusal = decode(Refusal, received.payload)
-        return str(_plain(refusal.room, refusal.worker, to["worker"], f"refusal {refusal.failure.code}"))
+        return str(_plain(refusal.room, "", to["worker"], f"refusal {refusal.failure.code}"))
     line = describe(received)
     return str(line) if line else None
 

@@ -120,6 +120,7 @@ class Worker:
             kv_blocks=info.kv_blocks,
             kv_block_tokens=info.kv_block_tokens,
             disaggregation=info.disaggregation,
+            disaggregation_endpoint=names.BOOTSTRAP.any(worker=self.name) if self.disaggregated else None,
             dp_size=info.dp_size,
             tp_size=info.tp_size,
             reasoning_parser=info.reasoning_parser,

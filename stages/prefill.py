@@ -19,12 +19,7 @@ log = structlog.get_logger()
 
 def answer(task: Task[PrefillTask], error: PipelineError) -> Iterable[Emit]:
     """The owner answers the client; here it only learns that the room comes to nothing."""
-    refusal = Refusal(
-        room=task.payload.room,
-        worker="prefill",
-        failure=error.failure(),
-        permanent=isinstance(error, Permanent),
-    )
+    refusal = Refusal(room=task.payload.room, failure=error.failure(), permanent=isinstance(error, Permanent))
     yield Emit(subject=names.REFUSAL.of(worker=task.payload.owner), payload=encode(refusal))
 
 

@@ -201,7 +201,6 @@ class Refusal(Message, frozen=True, kw_only=True):
     """A prefill worker gives a room back that it has claimed."""
 
     room: int
-    worker: str
     failure: Failure
     permanent: bool  # no other prefill worker could do better
 

@@ -144,7 +144,7 @@ async def _unless_refused(
 def _refused(refusal: Refusal) -> PipelineError:
     if refusal.permanent:
         return from_failure(refusal.failure)
-    return PrefillLost(f"prefill worker {refusal.worker} gave the room back: {refusal.failure.message}")
+    return PrefillLost(f"prefill gave the room back: {refusal.failure.message}")
 
 
 class Claims:

@@ -123,7 +123,7 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
         ),
         m.Claim(room=7, worker="prefill-0", incarnation="0123456789ab"),
         m.Grant(granted=False, reason="prefill-1 has this room"),
-        m.Refusal(room=7, worker="prefill-0", failure=FAILURE, permanent=True),
+        m.Refusal(room=7, failure=FAILURE, permanent=True),
         CHOSEN,
         LOGPROBS,
         USAGE,

@@ -16,7 +16,7 @@ def test_claims_and_refusals_and_sglangs_own_messages_become_lines():
     claim = heard(names.CLAIM.of(worker="d0"), encode(Claim(room=7, worker="p0", incarnation="i1")))
     assert line_of(claim).split()[:5] == ["7", "p0.i1", "->", "d0", "claim"]
     failure = Failure(code="engine_died", message="gone", status=503)
-    refusal = Refusal(room=7, worker="p0", failure=failure, permanent=False)
+    refusal = Refusal(room=7, failure=failure, permanent=False)
     assert "refusal engine_died" in line_of(heard(names.REFUSAL.of(worker="d0"), encode(refusal)))
     to = Address("p0", "i1")
     transfer = heard(
