@@ -1,27 +1,44 @@
-"""The Python client: publish a request, read its frames.
+"""The Python client: publish a request, read its frames, and go on reading after whatever came between.
 
-async with Client.connect("nats://127.0.0.1:4222") as client:
-    async for frame in client.generate(model="smollm2", prompt="The capital of France is"):
+async with Client.connect("nats://127.0.0.1:4222", client="me") as client:
+    async for frame in client.generate(model="smollm2", prompt="The capital of France is", request_id="r1"):
         print(frame.text, end="")
+
+A process that was killed in the middle goes on with `client.resume("r1", from_token=tokens_it_has)`.
 """
 
 import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
+import structlog
+
+from pipeline import metrics
 from pipeline.bus import Bus, Received, Subscription
-from pipeline.errors import DeadlineExceeded, InvalidRequest
-from pipeline.progress import Progress
-from subjects import headers, names
+from pipeline.errors import InvalidRequest, OutputGone, Overloaded, PipelineError
+from pipeline.follow import Follower, LiveFrames, Output
+from pipeline.openai import identify
+from subjects import headers, names, streams
 from subjects.codec import decode, encode
 from subjects.limits import CHOICES_MAX, REQUEST_S_DEFAULT
-from subjects.messages import Cancel, Frame, Request
+from subjects.messages import Cancel, Frame, PreprocessedRequest, Request
 
-GRACE_S: Final = 5.0
-"""How much longer than the request's own deadline a client waits for the frame that says so."""
+SCANNED_MAX: Final = 20_000
+"""So many waiting tasks are looked through for a request that the log does not know."""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """The broker's promise. `duplicate`: it was promised before under this id, and is not run again."""
+
+    request_id: str
+    duplicate: bool
 
 
 class Client:
@@ -29,76 +46,209 @@ class Client:
 
     def __init__(self, bus: Bus, client: str) -> None:
         self._bus, self.name = bus, client
-        self._streams: dict[str, asyncio.Queue[Frame]] = {}
+        self._live: dict[str, list[LiveFrames]] = {}  # by request id
         self._subscription: Subscription | None = None
 
     @classmethod
     @contextlib.asynccontextmanager
     async def connect(cls, url: str, *, client: str | None = None) -> AsyncIterator["Client"]:
-        """Connect as `client`: two processes of one name read each other's answers. Raises BusUnavailable."""
+        """Connect as `client`: two processes of one name read each other's answers. Raises BusConnectError."""
         name = client or f"py-{uuid.uuid4().hex[:12]}"
         bus = await Bus.connect(url, name=f"client.{name}")
         self = cls(bus, name)
         try:
             self._subscription = await bus.subscribe(names.RESPONSES.any(client=name), self._hear)
+            bus.on_reconnect(self._look_again)
             yield self
         finally:
             await bus.close()
 
-    async def generate(self, *, model: str, **fields: Any) -> AsyncIterator[Frame]:
+    async def submit(self, *, model: str, **fields: Any) -> Submitted:
+        """Publish one request and leave: its answer can be read within the log's time with `resume`.
+
+        `fields` are those of `subjects.messages.Request`. Raises what `generate` raises on publishing.
+        """
+        request_id, payload, _ = _encoded(fields)
+        return await self.publish(model, payload, request_id)
+
+    async def publish(self, model: str, payload: bytes, request_id: str) -> Submitted:
+        """Publish a request that is encoded already, under its own id: again under the same id it is not run twice.
+
+        That holds for `subjects.limits.DEDUPE_S`. Raises Overloaded, PayloadTooLarge, BusUnavailable.
+        """
+        subject = names.REQUESTS.of(model=model)
+        try:
+            stored = await self._bus.publish_durable(
+                subject, payload, msg_id=f"{self.name}.{request_id}", headers={headers.CLIENT: self.name}
+            )
+        except Overloaded:
+            metrics.OVERLOADED.labels(names.token(model)).inc()
+            raise
+        return Submitted(request_id, stored.duplicate)
+
+    async def generate(
+        self, *, model: str, on_duplicate: Callable[[str], None] | None = None, **fields: Any
+    ) -> AsyncIterator[Frame]:
         """Publish one request and yield its frames until each choice has ended.
 
         `fields` are those of `subjects.messages.Request`; `stream` is True unless given. Frames that bring
         nothing new (of a worker that lost its lease) are left out. A failed request yields a terminal frame
-        with `error`. Closing the iterator early cancels the request.
+        with `error`. Closing the iterator early cancels the request. A request whose id was accepted before, running
+        or finished, is not run again: `on_duplicate` is called with the id, and the frames are those of that run.
 
         Raises:
             InvalidRequest: `n` is out of its limits, so there is no telling how many frames end it.
-            Overloaded: the model's queue is full.
+            Overloaded: the model's queue is full; try again after `retry_after_s`.
             PayloadTooLarge: the request is larger than a subject carries.
             BusUnavailable: the broker did not acknowledge the request.
             DeadlineExceeded: no frame said so, but the request's deadline has passed.
+            OutputGone: frames were missed, and the log does not have them any more.
         """
-        request_id = fields.setdefault("request_id", uuid.uuid4().hex)
-        fields.setdefault("stream", True)
-        deadline_unix_s = fields.setdefault("deadline", time.time() + REQUEST_S_DEFAULT)
-        request = Request(**fields)
-        if not 1 <= request.n <= CHOICES_MAX:
-            raise InvalidRequest(
-                f"n: {request.n} choices; 1 to {CHOICES_MAX} can be asked for", field="n", size=request.n
-            )
-        frames = self._streams[request_id] = asyncio.Queue()
-        done = False
+        request_id, payload, request = _encoded({"stream": True, **fields})
+        assert request.deadline is not None, "_encoded sets it"
+        left = True
         try:
-            await self._bus.publish_durable(
-                names.REQUESTS.of(model=model),
-                encode(request),
-                msg_id=f"{self.name}.{request_id}",
-                headers={headers.CLIENT: self.name},
+            frames = self.run(
+                model, payload, request_id, request.n, deadline_unix_s=request.deadline, on_duplicate=on_duplicate
             )
-            progress: dict[int, Progress] = {}
-            while sum(choice.end is not None for choice in progress.values()) < request.n:
-                frame = await self._next(frames, deadline_unix_s)
-                if new := progress.setdefault(frame.choice, Progress()).add(frame):
-                    yield new
-            done = True
+            async with contextlib.aclosing(frames):
+                async for frame in frames:
+                    yield frame
+            left = False
+        except PipelineError:
+            left = False  # not taken, or to be read on: a cancel would also end a second try under its id
+            raise
         finally:
-            del self._streams[request_id]
-            if not done:
+            if left:
                 await self.cancel(request_id)
+
+    async def run(
+        self,
+        model: str,
+        payload: bytes,
+        request_id: str,
+        choices: int,
+        *,
+        deadline_unix_s: float,
+        on_duplicate: Callable[[str], None] | None = None,
+    ) -> AsyncIterator[Frame]:
+        """As `generate`, of a request that is encoded already. Closing the iterator early leaves it running."""
+        with self._listening(request_id) as live:
+            follower = Follower(self._bus, self.name, request_id, live, Output(choices), deadline_unix_s)
+            submitted = await self.publish(model, payload, request_id)
+            if submitted.duplicate:
+                log.info("request_known", request_id=request_id, client=self.name)
+                if on_duplicate:
+                    on_duplicate(request_id)
+                async for frame in self._logged(follower, request_id):
+                    yield frame
+            async for frame in follower.to_the_end():
+                yield frame
+
+    async def resume(
+        self,
+        request_id: str,
+        *,
+        from_token: int = 0,
+        choices: int = 1,
+        choice: int | None = None,
+        deadline: float | None = None,
+    ) -> AsyncIterator[Frame]:
+        """The rest of a request's output: what the log has from token `from_token` on, then live to the end.
+
+        It may be any request of this client's name, of this process or of one that was killed. `choices`: how many it
+        has; `choice`: only that one. Closing the iterator early leaves the request running.
+
+        Raises:
+            OutputGone: the log no longer has what is asked for, and the request neither waits nor runs.
+            DeadlineExceeded: no frame came before `deadline` (Unix seconds; default in `REQUEST_S_DEFAULT`).
+            BusUnavailable: the log cannot be read.
+        """
+        deadline_unix_s = time.time() + REQUEST_S_DEFAULT if deadline is None else deadline
+        with self._listening(request_id) as live:
+            output = Output(choices, from_token, choice)
+            follower = Follower(self._bus, self.name, request_id, live, output, deadline_unix_s)
+            await self._bus.flush()  # the subscription stands: what the log does not have yet will be heard
+            async for frame in self._logged(follower, request_id):
+                yield frame
+            async for frame in follower.to_the_end():
+                yield frame
 
     async def cancel(self, request_id: str, reason: str = Cancel().reason) -> None:
         """Ask whoever holds a request to end it."""
         await self._bus.publish(names.CANCEL.of(request_id=request_id), encode(Cancel(reason=reason)))
 
-    async def _next(self, frames: asyncio.Queue[Frame], deadline_unix_s: float) -> Frame:
+    async def stored(self) -> AsyncIterator[Frame]:
+        """Every frame that the log has for this client, in the order in which they were stored."""
+        async for stored in self._bus.read(streams.RESPONSES.name, names.RESPONSES.any(client=self.name)):
+            yield decode(Frame, stored.payload)
+
+    async def held(self) -> set[str] | None:
+        """The ids of this client's requests that wait or run; None where too many wait to look through them."""
+        found: set[str] = set()
+        scanned = 0
+        async for stored in self._bus.read(streams.REQUESTS.name, names.REQUESTS.any()):
+            identity = identify(stored.payload, stored.headers or {}, stored.seq)
+            if identity.client == self.name:
+                found.add(identity.request_id)
+            if (scanned := scanned + 1) > SCANNED_MAX:
+                return None
+        for subject in (names.DECODE_ANY.any(), names.DECODE_WORKER.any()):  # after, since requests move this way
+            async for stored in self._bus.read(streams.WORK.name, subject):
+                work = decode(PreprocessedRequest, stored.payload)
+                if work.client == self.name:
+                    found.add(work.request_id)
+                if (scanned := scanned + 1) > SCANNED_MAX:
+                    return None
+        return found
+
+    async def _logged(self, follower: Follower, request_id: str) -> AsyncIterator[Frame]:
+        """What the log has. Raises OutputGone where it has nothing of a request that no queue holds."""
+        async for frame in follower.caught_up():
+            yield frame
+        if follower.output.begun:
+            return
+        held = await self.held()
+        if held is not None and request_id not in held:
+            async for frame in follower.caught_up():  # it may have ended while its queues were looked through
+                yield frame
+            if not follower.output.begun:
+                raise OutputGone(
+                    f"nothing is known of request {request_id} of client {self.name}: no queue holds it, and the log "
+                    f"keeps frames for {streams.RESPONSES.max_age_s:g} s",
+                    field="request_id",
+                )
+
+    @contextlib.contextmanager
+    def _listening(self, request_id: str):
+        """A queue of the frames that are heard of a request inside the block."""
+        live: LiveFrames = asyncio.Queue()
+        self._live.setdefault(request_id, []).append(live)
         try:
-            return await asyncio.wait_for(frames.get(), max(0.0, deadline_unix_s - time.time()) + GRACE_S)
-        except TimeoutError:
-            raise DeadlineExceeded("no answer came before the request's deadline", field="deadline") from None
+            yield live
+        finally:
+            self._live[request_id].remove(live)
+            if not self._live[request_id]:
+                del self._live[request_id]
 
     def _hear(self, received: Received) -> None:
         parts = names.RESPONSES.parse(received.subject)
-        frames = self._streams.get(parts["request_id"]) if parts else None
-        if frames is not None:
-            frames.put_nowait(decode(Frame, received.payload))
+        if parts and (readers := self._live.get(parts["request_id"])):
+            frame = decode(Frame, received.payload)
+            for live in readers:
+                live.put_nowait(frame)
+
+    async def _look_again(self) -> None:
+        """The connection was lost for a while: what came meanwhile is in the log."""
+        for readers in self._live.values():
+            for live in readers:
+                live.put_nowait(None)
+
+
+def _encoded(fields: dict[str, Any]) -> tuple[str, bytes, Request]:
+    """A request's id, payload and value, with id and deadline filled in. Raises InvalidRequest."""
+    filled = {"request_id": uuid.uuid4().hex, "deadline": time.time() + REQUEST_S_DEFAULT} | fields
+    request = Request(**filled)
+    if not 1 <= request.n <= CHOICES_MAX:
+        raise InvalidRequest(f"n: {request.n} choices; 1 to {CHOICES_MAX} can be asked for", field="n", size=request.n)
+    return filled["request_id"], encode(request), request

@@ -8,6 +8,7 @@
     │   ├── PromptTooLong       400  more prompt tokens than the model's context
     │   ├── DeadlineExceeded    504  the deadline passed before the answer was whole
     │   ├── Cancelled           499  by the client or an operator
+    │   ├── OutputGone          410  frames that are asked for are no longer kept
     │   ├── NotPermitted        403  the broker does not let this connection use the subject
     │   ├── EngineFailed        500  the engine gave up on this request
     │   └── AttemptsExhausted   500  handed out too often without an end
@@ -91,6 +92,10 @@ class DeadlineExceeded(Permanent):
 
 class Cancelled(Permanent):
     code, status = "cancelled", 499
+
+
+class OutputGone(Permanent):
+    code, status = "output_gone", 410
 
 
 class NotPermitted(Permanent):

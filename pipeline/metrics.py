@@ -36,6 +36,13 @@ REDELIVERIES: Final = Counter(
 ERRORS: Final = Counter(
     "errors", "Terminal error frames, by error code.", ("code",), namespace=PREFIX, registry=REGISTRY
 )
+OVERLOADED: Final = Counter(
+    "overloaded",
+    "Requests that were turned away because the model's queue is full, by the process that published them.",
+    ("model",),
+    namespace=PREFIX,
+    registry=REGISTRY,
+)
 TTFT_SECONDS: Final = Histogram(
     "ttft_seconds",
     "Time from the broker's acceptance of a request to a choice's first token.",

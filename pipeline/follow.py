@@ -1,0 +1,170 @@
+"""Follow one request's output to its end: what the log has, then what comes live, without a gap or a repeat.
+
+Live frames come at core speed, and what an outage swallows of them stands in the log. So a follower that meets a gap,
+that has heard nothing for a while, or whose connection was made anew reads the log again.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+
+from pipeline.bus import Bus
+from pipeline.errors import BusUnavailable, DeadlineExceeded, OutputGone
+from pipeline.progress import Progress
+from subjects import names, streams
+from subjects.codec import TokenIds, decode
+from subjects.messages import Frame
+
+GRACE_S: Final = 5.0
+"""How much longer than the request's own deadline a reader waits for the frame that says so."""
+SILENCE_S: Final = 10.0
+"""Heard nothing for this long: what may have been missed is looked up."""
+LAG_S_MAX: Final = 2.0
+"""The log takes a frame in a moment after live readers had it; a gap that stays for longer is real."""
+LAG_STEP_S: Final = 0.02
+READ_S_MAX: Final = 10.0
+
+LiveFrames = asyncio.Queue[Frame | None]
+"""Frames as they are heard; None where the connection was lost in between."""
+
+
+@dataclass(slots=True)
+class Output:
+    """What its reader has of a request's choices.
+
+    `from_token`: the reader has so many tokens of each choice already; `only`: it wants no other choice.
+    """
+
+    choices: int = 1
+    from_token: int = 0
+    only: int | None = None
+    _progress: dict[int, Progress] = field(default_factory=dict)
+    _last: dict[int, Frame] = field(default_factory=dict)  # the newest frame of each choice
+
+    @property
+    def whole(self) -> bool:
+        """Whether every wanted choice has ended."""
+        wanted = range(self.choices) if self.only is None else (self.only,)
+        return all(choice in self._progress and self._progress[choice].end for choice in wanted)
+
+    @property
+    def begun(self) -> bool:
+        """Whether any frame has come."""
+        return bool(self._progress)
+
+    def has(self, choice: int) -> int:
+        """Tokens of a choice that the reader has."""
+        return len(self._progress[choice].token_ids) if choice in self._progress else self.from_token
+
+    def missing(self, frame: Frame) -> bool:
+        """Whether tokens are missing between what the reader has and this frame."""
+        if self._unwanted(frame):
+            return False
+        known = self._progress.get(frame.choice)
+        stale = known is not None and (known.end is not None or frame.attempt < known.attempt)
+        return not stale and frame.index > self.has(frame.choice)
+
+    def add(self, frame: Frame) -> Frame | None:
+        """Take a frame in; the part of it that is new, None where nothing is.
+
+        Tokens and their logprobs are cut where the reader has some of them; the frame's text, which belongs to all
+        of its tokens, comes as it is.
+        """
+        without_place = not frame.token_ids and frame == self._last.get(frame.choice)  # only text: no index tells it
+        if self._unwanted(frame) or without_place:
+            return None
+        self.choices = max(self.choices, frame.choice + 1)
+        have = self.has(frame.choice)
+        # Which tokens the reader has does not matter here, only how many.
+        progress = self._progress.setdefault(frame.choice, Progress(token_ids=TokenIds(bytes(4 * have))))
+        if not progress.add(frame):
+            return None
+        self._last[frame.choice] = frame
+        known = have - frame.index
+        if known <= 0 or not frame.token_ids:
+            return frame
+        return msgspec.structs.replace(
+            frame,
+            index=have,
+            token_ids=frame.token_ids[known:],
+            logprobs=frame.logprobs and frame.logprobs[known:],
+            text="" if known >= len(frame.token_ids) else frame.text,
+        )
+
+    def _unwanted(self, frame: Frame) -> bool:
+        return self.only is not None and frame.choice != self.only
+
+
+class Follower:
+    """Reads one request's output. Listen before the request or the first `caught_up`, so that nothing is missed."""
+
+    def __init__(
+        self, bus: Bus, client: str, request_id: str, live: LiveFrames, output: Output, deadline_unix_s: float
+    ) -> None:
+        self._bus, self._live, self.output, self._deadline_unix_s = bus, live, output, deadline_unix_s
+        self._request_id = request_id
+        self._subject = names.RESPONSES.of(client=client, request_id=request_id)
+
+    async def caught_up(self) -> AsyncIterator[Frame]:
+        """What the log has of it so far and the reader has not. Raises OutputGone, BusUnavailable."""
+        async for stored in self._bus.read(streams.RESPONSES.name, self._subject, timeout_s=READ_S_MAX):
+            frame = decode(Frame, stored.payload)
+            if self.output.missing(frame):
+                raise self._gone(frame)
+            if new := self.output.add(frame):
+                yield new
+
+    async def to_the_end(self) -> AsyncIterator[Frame]:
+        """Every new frame until each wanted choice has ended.
+
+        Raises OutputGone where tokens are missing that the log no longer has, DeadlineExceeded where no frame says
+        so but the deadline has passed, BusUnavailable where a gap shows and the log cannot be read.
+        """
+        while not self.output.whole:
+            frame = await self._heard()
+            if frame is None:
+                with contextlib.suppress(BusUnavailable):  # an outage: its end is heard of
+                    async for new in self.caught_up():
+                        yield new
+                continue
+            if self.output.missing(frame):
+                async for new in self._bridged(frame):
+                    yield new
+            if new := self.output.add(frame):
+                yield new
+
+    async def _bridged(self, frame: Frame) -> AsyncIterator[Frame]:
+        """From the log, what is missing before a frame that was heard live. Raises OutputGone."""
+        deadline_s = time.monotonic() + LAG_S_MAX
+        while self.output.missing(frame):
+            async for new in self.caught_up():
+                yield new
+            if self.output.missing(frame):
+                if time.monotonic() > deadline_s:
+                    raise self._gone(frame)
+                await asyncio.sleep(LAG_STEP_S)
+
+    async def _heard(self) -> Frame | None:
+        """The next live frame; None where the log should be looked at. Raises DeadlineExceeded."""
+        remaining_s = self._deadline_unix_s + GRACE_S - time.time()
+        try:
+            return await asyncio.wait_for(self._live.get(), max(0.0, min(remaining_s, SILENCE_S)))
+        except TimeoutError:
+            if remaining_s > SILENCE_S:
+                return None
+            raise DeadlineExceeded("no answer came before the request's deadline", field="deadline") from None
+
+    def _gone(self, frame: Frame) -> OutputGone:
+        have = self.output.has(frame.choice)
+        return OutputGone(
+            f"tokens {have} to {frame.index - 1} of choice {frame.choice} of request {self._request_id} are gone: "
+            f"the log keeps frames for {streams.RESPONSES.max_age_s:g} s and not over a restart of the broker",
+            field="from_token",
+            size=have,
+            limit=frame.index,
+        )
