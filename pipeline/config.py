@@ -44,6 +44,7 @@ class SimulatedSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     context_len_tokens: Annotated[int, msgspec.Meta(ge=1)] = 8192
     max_running_requests: Annotated[int, msgspec.Meta(ge=1)] = 64
     eos_after_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0  # 0: runs to max_tokens
+    disaggregation: Literal["aggregated", "prefill", "decode"] = "aggregated"
 
 
 class StageSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

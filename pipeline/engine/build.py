@@ -8,9 +8,9 @@ from pipeline.errors import ConfigError
 def build_engine(settings: WorkerSettings, incarnation: str) -> Engine:
     """The engine that the settings name, not yet started. `incarnation`: the worker's, for its handshakes."""
     if settings.engine == "simulated":
-        from pipeline.engine.simulated import SimulatedEngine
+        from pipeline.engine.simulated import Address, SimulatedEngine
 
-        return SimulatedEngine(settings.simulated)
+        return SimulatedEngine(settings.simulated, Address(settings.nats, settings.worker, incarnation))
     if not settings.model_path:
         raise ConfigError("the SGLang engine needs a model: give --model-path PATH", field="model_path")
     from pipeline.engine.sglang.engine import SglangEngine

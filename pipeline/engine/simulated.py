@@ -4,6 +4,9 @@ For capacity planning, fault tests and measuring the pipeline itself; never for 
 
 A token is a function of the seed and of every token before it, and of nothing else. So a request that is
 resumed from prompt + emitted tokens, on another worker, goes on as the first one would have.
+
+Disaggregated, prefill takes the time to the first token and decode the rest; they meet on the bus, as SGLang's engines
+do.
 """
 
 import asyncio
@@ -11,11 +14,16 @@ import hashlib
 import heapq
 import math
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
 from typing import Final
 
+import msgspec
+
+from pipeline.bus import Bus
 from pipeline.config import SimulatedSettings
 from pipeline.engine.protocol import EngineInfo, EngineOutput, EngineRequest
+from pipeline.engine.simulated_rooms import KvFetcher, PrefillRooms
 from pipeline.errors import EngineDied, InvalidRequest
 from subjects.codec import TokenIds
 from subjects.messages import FinishReason, Load, PositionLogprobs, TokenLogprob
@@ -236,11 +244,24 @@ class Wheel:
             self._arm()
 
 
+@dataclass(frozen=True)
+class Address:
+    """Under which name, and on which broker, a disaggregated engine meets others."""
+
+    nats: str
+    worker: str
+    incarnation: str
+
+
 class SimulatedEngine:
     """Implements `pipeline.engine.protocol.Engine` without a model; see the module's docstring."""
 
-    def __init__(self, settings: SimulatedSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: SimulatedSettings, address: Address | None = None) -> None:
+        """`address`: needed with disaggregation."""
+        self._settings, self._address = settings, address
+        self._bus: Bus | None = None
+        self._rooms: PrefillRooms | None = None
+        self._fetcher: KvFetcher | None = None
         self._slots = asyncio.Semaphore(settings.max_running_requests)
         self._wheel = Wheel(settings.itl_ms / 1000)
         self._running: dict[str, tuple[EngineRequest, Writer]] = {}  # by rid
@@ -249,6 +270,8 @@ class SimulatedEngine:
 
     async def start(self) -> EngineInfo:
         settings = self._settings
+        if settings.disaggregation != "aggregated":
+            await self._meet()
         return EngineInfo(
             name="simulated",
             model_path="simulated",
@@ -257,24 +280,53 @@ class SimulatedEngine:
             max_prefill_tokens=settings.context_len_tokens,
             kv_blocks=self._kv_tokens // KV_BLOCK_TOKENS,
             kv_block_tokens=KV_BLOCK_TOKENS,
+            disaggregation=settings.disaggregation,
         )
+
+    async def _meet(self) -> None:
+        assert self._address is not None, "a disaggregated engine needs an address"
+        self._bus = await Bus.connect(self._address.nats, name=f"{self._address.worker}.kv")
+        if self._settings.disaggregation == "prefill":
+            self._rooms = PrefillRooms(self._bus, self._address.worker, self._address.incarnation)
+            await self._rooms.listen()
+        else:
+            self._fetcher = KvFetcher(self._bus)
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """See `Engine.generate`. Waits for a free place first, in order of arrival."""
         self._refuse(request)
+        outputs = self._in_place(request) if self._rooms is None else self._prefill(request, self._rooms)
+        async with aclosing(outputs):
+            async for output in outputs:
+                yield output
+
+    async def _in_place(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         self._waiting.add(request.rid)
         try:
             await self._slots.acquire()
         finally:
             self._waiting.discard(request.rid)
         try:
-            async for output in self._run(request):
-                yield output
+            async with aclosing(self._run(request)) as outputs:
+                async for output in outputs:
+                    yield output
         finally:
             self._slots.release()
 
+    async def _prefill(self, request: EngineRequest, rooms: PrefillRooms) -> AsyncIterator[EngineOutput]:
+        """The first token alone, once decode has the KV."""
+        assert request.room is not None, "prefill works in rooms"
+        one = replace(request, stop=msgspec.structs.replace(request.stop, max_tokens=1, min_tokens=0))
+        with rooms.holding(request.room.number, request.token_ids) as held:
+            async with aclosing(self._in_place(one)) as outputs:
+                first = await anext(outputs)
+            await rooms.until_fetched(held)
+        yield first
+
     async def load(self) -> Load:
         used = sum(len(request.token_ids) + writer.num_tokens for request, writer in self._running.values())
+        if self._rooms is not None:
+            used = self._rooms.kv_tokens
         return Load(
             running=len(self._running),
             waiting=len(self._waiting),
@@ -292,6 +344,8 @@ class SimulatedEngine:
     async def close(self) -> None:
         self._closed.set()
         self._wheel.stop()
+        if self._bus is not None:
+            await self._bus.close()
 
     @property
     def _kv_tokens(self) -> int:
@@ -299,11 +353,17 @@ class SimulatedEngine:
 
     async def _run(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         writer = Writer(request, self._settings)
-        turn = Turn(due_s=asyncio.get_running_loop().time() + self._settings.ttft_ms / 1000)
+        turn = Turn(due_s=math.inf)
         self._running[request.rid] = (request, writer)
-        self._wheel.add(turn)
         outputs: list[EngineOutput] = []
         try:
+            ttft_s = self._settings.ttft_ms / 1000
+            if self._fetcher is not None:
+                assert request.room is not None, "disaggregated decode works in rooms"
+                await self._fetcher.fetch(request.room, request.token_ids)
+                ttft_s = 0.0
+            turn.due_s = asyncio.get_running_loop().time() + ttft_s
+            self._wheel.add(turn)
             async for output in self._paced(writer, turn):
                 if request.output.stream:
                     yield output
