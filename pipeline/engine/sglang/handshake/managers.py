@@ -223,10 +223,15 @@ class _NatsKVManager(NixlKVManager):
         """Forget rooms that no request of this engine has any more, or none has claimed for long.
 
         SGLang drops a room with the request that sends it. It keeps those for ever that decode opened and gave
-        up before their request came, and those whose request was aborted in the waiting queue.
+        up before their request came, and those whose request was aborted in the waiting queue. And it keeps the
+        count of chunks in flight, at nought, of a room that was aborted between two chunks.
         """
         if self._decodes:
             return
+        counts = vars(self).get(ROOM_TABLES["outstanding"], {})
+        for room, in_flight in tuple(counts.items()):
+            if in_flight <= 0 and room not in self.request_status:
+                counts.pop(room, None)
         for room, opened_s in tuple(self._opened_s.items()):
             status = self.request_status.get(room)
             if room in self.senders:

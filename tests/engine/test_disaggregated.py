@@ -1,0 +1,243 @@
+"""Prefill and decode in engines of their own, over NATS and NIXL: equal tokens, no open port, nothing left behind."""
+
+import asyncio
+import random
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import psutil
+import pytest
+import pytest_asyncio
+from disaggregated_topology import (
+    FLOAT32,
+    MODEL,
+    Disaggregated,
+    group,
+    listening,
+    prompts,
+    reference,
+    started,
+    topology,
+)
+
+from pipeline.bus import Received
+from pipeline.engine.sglang.handshake import describe
+from pipeline.engine.sglang.handshake.wire import PAIR
+from subjects import names
+from subjects.codec import decode
+from subjects.messages import Claim, Frame, PrefillTask
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800), pytest.mark.asyncio(loop_scope="module")]
+
+MAX_TOKENS = 8
+LENGTHS = (1, 2, 3, 5, 9, 16, 17, 31, 47, 64, 65, 90, 127, 150, 200, 600)
+"""Of prompts, in tokens: around SGLang's own steps, and one longer than a chunk of prefill."""
+LENGTHS_FULL = tuple(sorted({*LENGTHS, *range(4, 132, 4), 19, 21, 1000, 1500}))
+AT_ONCE = 16
+CANCELLED = 40
+CANCELLED_FULL = 200
+CANCELLED_AT_ONCE = 8
+SEED = 20
+COMPUTING_S_MAX = 1.5  # of a prompt of this test
+POINTS = ("accepted", "offered", "claimed", "computing", "paged", "written", "decoding")
+"""Where requests are cancelled: before and after prefill has the task, in its queue or forward pass, when decode has
+named its pages, when their KV is written, and between two tokens."""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def expected() -> dict[int, list[int]]:
+    """What one aggregated engine says to the prompt of each length."""
+    wanted = await reference(prompts(LENGTHS), MAX_TOKENS)
+    return dict(zip(LENGTHS, wanted, strict=True))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pair(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Disaggregated]:
+    """One prefill and one decode worker."""
+    async with started(topology(1, 1, **FLOAT32), tmp_path_factory.mktemp("pair")) as running:
+        yield running
+
+
+async def at_once(topology: Disaggregated, asked: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    gate = asyncio.Semaphore(count)
+
+    async def ask(prompt: Sequence[int]) -> list[int]:
+        async with gate:
+            return await topology.ask(prompt, MAX_TOKENS)
+
+    return await asyncio.gather(*(ask(prompt) for prompt in asked))
+
+
+async def test_greedy_tokens_are_the_aggregated_ones(expected: dict[int, list[int]], pair: Disaggregated) -> None:
+    """In this order: the engine of `expected` has ended before the pair's start."""
+    asked, wanted = prompts(LENGTHS), list(expected.values())
+    assert [await pair.ask(prompt, MAX_TOKENS) for prompt in asked] == wanted
+    assert await at_once(pair, asked, AT_ONCE) == wanted
+    await pair.until_quiet()
+
+
+async def test_every_choice_has_a_room_of_its_own(pair: Disaggregated) -> None:
+    (prompt,) = prompts([33])
+    (wanted,) = await at_once(pair, [prompt], 1)
+    while not pair.claims.empty():
+        pair.claims.get_nowait()
+    choices: dict[int, list[int]] = defaultdict(list)
+    async for frame in pair.client.generate(
+        model=MODEL, prompt=tuple(prompt), max_tokens=MAX_TOKENS, temperature=0.0, n=3
+    ):
+        assert frame.error is None, frame.error
+        choices[frame.choice] += frame.token_ids.tolist()
+    assert choices == {0: wanted, 1: wanted, 2: wanted}
+    rooms = {pair.claims.get_nowait()[1].room for _ in range(pair.claims.qsize())}
+    assert len(rooms) == 3
+
+
+async def test_no_port_is_open_but_the_metrics(pair: Disaggregated) -> None:
+    """Asked while tokens flow, for every process of every worker."""
+    flowing = asyncio.create_task(pair.ask("Once upon a time", 48))
+    await pair.claims.get()
+    open_ports = {child.name: listening(group(child)) for child in pair.local.children}
+    await flowing
+    metrics = [int(address.split(":")[2].split("/")[0]) for address in pair.local.metrics_addresses()]
+    assert open_ports.pop("telemetry-0") == metrics
+    assert not any(open_ports.values()), open_ports
+    broker = int(pair.local.url.rpartition(":")[2])
+    (server,) = [process for process in psutil.Process().children() if "nats-server" in process.name()]
+    assert listening(iter([server])) == [broker], "the look itself sees ports"
+
+
+async def test_the_handshake_can_be_read_on_the_bus(pair: Disaggregated, capsys: pytest.CaptureFixture[str]) -> None:
+    await pair.ask(prompts([70])[0], MAX_TOKENS)
+    with capsys.disabled():
+        print("", *pair.handshake[-6:], sep="\n")
+    registered = [line for line in pair.handshake if line.operation == "register"]
+    assert registered and all(line.room == PAIR for line in registered)
+    assert registered[0].sender.startswith("decode-0.") and registered[0].to.startswith("prefill-0.")
+    moved = [line for line in pair.handshake if line.operation == "transfer" and line.pages == 70]
+    (room,) = {line.room for line in moved}
+    written = [line for line in pair.handshake if line.room == room and line.operation == "status success"]
+    assert [(line.pages, line.kv_bytes) for line in written] == [(70, moved[0].kv_bytes)]
+    assert written[0].sender.startswith("prefill-0.") and written[0].microseconds > 0
+
+
+class Moments:
+    """Hears how far each request has come."""
+
+    def __init__(self, topology: Disaggregated) -> None:
+        self._bus = topology.bus
+        self._requests: dict[str, str] = {}  # by room
+        self._reached: defaultdict[tuple[str, str], asyncio.Event] = defaultdict(asyncio.Event)
+
+    async def listen(self) -> None:
+        await self._bus.subscribe(names.PREFILL_ANY.any(), self._hear_task)
+        await self._bus.subscribe(names.CLAIM.any(), self._hear_claim)
+        await self._bus.subscribe(names.BOOTSTRAP.any(), self._hear_handshake)
+        await self._bus.flush()
+
+    def at(self, request_id: str, point: str) -> asyncio.Event:
+        return self._reached[request_id, point]
+
+    def _note(self, room: str, point: str) -> None:
+        if request_id := self._requests.get(room):
+            self.at(request_id, point).set()
+
+    def _hear_task(self, received: Received) -> None:
+        task = decode(PrefillTask, received.payload)
+        self._requests[str(task.room)] = task.request_id
+        self._note(str(task.room), "offered")
+
+    def _hear_claim(self, received: Received) -> None:
+        room = str(decode(Claim, received.payload).room)
+        self._note(room, "claimed")
+        self._note(room, "computing")
+
+    def _hear_handshake(self, received: Received) -> None:
+        if line := describe(received):
+            self._note(line.room, {"transfer": "paged", "status success": "written"}.get(line.operation, ""))
+
+
+class Cancelling:
+    """Requests that are cancelled at points drawn from a seed."""
+
+    def __init__(self, topology: Disaggregated, moments: Moments, seed: int) -> None:
+        self._topology, self._moments, self._draw = topology, moments, random.Random(seed)
+        self.ends: defaultdict[str, list[str]] = defaultdict(list)  # finish reasons by point
+
+    async def run(self, count: int) -> None:
+        gate = asyncio.Semaphore(CANCELLED_AT_ONCE)
+        lengths = [self._draw.randint(2, 180) for _ in range(count)]
+        jobs = [
+            self._one(gate, f"cancel-{number}", POINTS[number % len(POINTS)], prompt)
+            for number, prompt in enumerate(prompts(lengths))
+        ]
+        await asyncio.gather(*jobs)
+
+    async def _one(self, gate: asyncio.Semaphore, request_id: str, point: str, prompt: list[int]) -> None:
+        wait_s = self._draw.uniform(0, COMPUTING_S_MAX) if point == "computing" else self._draw.uniform(0, 0.02)
+        tokens = self._draw.randint(1, 20)
+        async with gate:
+            cancelling = asyncio.create_task(self._cancel(request_id, point, wait_s))
+            last, seen = Frame(request_id=request_id), 0
+            async with asyncio.timeout(120):
+                async for frame in self._topology.client.generate(
+                    model=MODEL, prompt=tuple(prompt), max_tokens=24, ignore_eos=True, request_id=request_id
+                ):
+                    last, seen = frame, seen + len(frame.token_ids)
+                    if seen >= tokens:
+                        self._moments.at(request_id, "decoding").set()
+            self.ends[point].append(last.finish_reason or "none")
+            cancelling.cancel()
+            await asyncio.wait({cancelling})
+
+    async def _cancel(self, request_id: str, point: str, wait_s: float) -> None:
+        if point != "accepted":
+            await self._moments.at(request_id, point).wait()
+        await asyncio.sleep(wait_s)  # no wait for anything: the point itself
+        await self._topology.client.cancel(request_id)
+
+
+async def cancel_many(topology: Disaggregated, count: int, capsys: pytest.CaptureFixture[str]) -> None:
+    moments = Moments(topology)
+    await moments.listen()
+    cancelling = Cancelling(topology, moments, SEED)
+    await cancelling.run(count)
+    with capsys.disabled():
+        print(f"\n{count} requests, seed {SEED}; aborted of all by point:")
+        for point in POINTS:
+            ends = cancelling.ends[point]
+            print(f"  {point:<10} {ends.count('abort'):>3} of {len(ends)}")
+    ends = [end for point in POINTS for end in cancelling.ends[point]]
+    assert len(ends) == count and set(ends) <= {"abort", "length"}
+    assert ends.count("abort") > 0.7 * count
+    await topology.until_quiet()
+
+
+async def test_cancelled_requests_leave_nothing(pair: Disaggregated, capsys: pytest.CaptureFixture[str]) -> None:
+    await cancel_many(pair, CANCELLED, capsys)
+    assert len(await pair.ask("The capital of France is", MAX_TOKENS, ignore_eos=True)) == MAX_TOKENS
+
+
+@pytest.mark.full
+async def test_two_hundred_cancelled_requests_leave_nothing(
+    pair: Disaggregated, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await cancel_many(pair, CANCELLED_FULL, capsys)
+
+
+@cache
+def _reference_full() -> list[list[int]]:
+    return asyncio.run(reference(prompts(LENGTHS_FULL), MAX_TOKENS))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (2, 1), (1, 2)])
+async def test_fifty_prompts_in_every_ratio(prefill: int, decode: int, tmp_path: Path) -> None:
+    asked = prompts(LENGTHS_FULL)
+    assert len(asked) == 50
+    wanted = await asyncio.to_thread(_reference_full)
+    async with started(topology(prefill, decode, **FLOAT32), tmp_path) as running:
+        assert [await running.ask(prompt, MAX_TOKENS) for prompt in asked] == wanted
+        assert await at_once(running, asked, AT_ONCE) == wanted
+        await running.until_quiet()
