@@ -135,8 +135,10 @@ class SglangEngine:
         """End SGLang's processes. Also while `start` is at work, which then fails."""
         self._die("the engine was closed")
         self._given_up.set()
+        await asyncio.gather(*(stream.close() for stream in self._streams.values()))
         if self._reading is not None:
             self._reading.cancel()
+            await asyncio.wait({self._reading})
         if self._launched is not None:
             await self._end_processes(self._launched)
             self._launched = None
@@ -200,6 +202,7 @@ class SglangEngine:
             await asyncio.to_thread(launch.kill, launch.children() - self._others)
             await asyncio.wait({launched}, timeout=0.2)
         if launched.done() and not launched.cancelled() and launched.exception() is None:
+            launch.disconnect(launched.result())
             await asyncio.to_thread(launch.end, launched.result())
         await asyncio.to_thread(launch.kill, launch.children() - self._others)
 

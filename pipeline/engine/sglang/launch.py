@@ -54,11 +54,21 @@ def end(engine: Any) -> None:
     """
     atexit.unregister(engine.shutdown)
     engine.tokenizer_manager._subprocess_watchdog.stop()
-    if engine.send_to_rpc is not None:
-        engine.send_to_rpc.close(linger=0)
     kill(engine.get_all_child_pids())
     for file in _files(engine):
         file.unlink(missing_ok=True)
+
+
+def disconnect(engine: Any) -> None:
+    """Close SGLang's sockets in this process, in the thread that uses them.
+
+    With what is still unsent dropped: ZMQ would else wait for ever for dead processes to take it, at the latest
+    when the interpreter collects the sockets.
+    """
+    manager = engine.tokenizer_manager
+    for socket in (manager.send_to_scheduler, manager.recv_from_detokenizer, engine.send_to_rpc):
+        if socket is not None:
+            socket.context.destroy(linger=0)
 
 
 def _files(engine: Any) -> Iterator[Path]:
