@@ -25,6 +25,8 @@ HANDSHAKE_SENT: Final = "Sglang-Sent"
 """When the message was first sent: microseconds since the Unix epoch."""
 HANDSHAKE_US: Final = "Sglang-Microseconds"
 """On a receipt: from sending to receiving; on a success status: from transfer message to the end of the KV write."""
+HANDSHAKE_WRITE_US: Final = "Sglang-Write-Microseconds"
+"""On a success status: from handing the prompt's last KV to NIXL to the end of its write."""
 HANDSHAKE_STATUS: Final = "Sglang-Status"
 """On a status that only reports: `success`."""
 
@@ -44,6 +46,7 @@ ALL: Final[dict[str, str]] = {
     HANDSHAKE_BYTES: "handshake: KV bytes that a room moves",
     HANDSHAKE_SENT: "handshake: when first sent, microseconds since the Unix epoch",
     HANDSHAKE_US: "handshake: on a receipt, from sending to receiving; on a success status, until the KV was written",
+    HANDSHAKE_WRITE_US: "handshake: on a success status, from handing the last KV to NIXL to the end of its write",
     HANDSHAKE_STATUS: "handshake: on a status that only reports, `success`",
     MSG_ID: "request id of a request that names none; `<client>.<request_id>.<choice>.end` on terminal frames",
 }

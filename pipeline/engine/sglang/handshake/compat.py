@@ -56,6 +56,7 @@ SYMBOLS: Final = (
     Symbol(NIXL, "NixlKVReceiver.init", ("self", "prefill_dp_rank")),
     Symbol(NIXL, "NixlKVReceiver.clear", ("self",)),
     Symbol(NIXL, "NixlKVSender.__init__", ("self", "mgr", "bootstrap_addr", "bootstrap_room")),
+    Symbol(NIXL, "NixlKVSender.send", ("self", "kv_indices")),
     Symbol(NIXL, "TransferInfo.from_zmq", ("msg",)),
     Symbol(NIXL, "KVArgsRegisterInfo.from_zmq", ("msg",)),
     Symbol(NIXL, "GUARD"),

@@ -118,7 +118,7 @@ class _NatsKVManager(NixlKVManager):
         self._postbox = self.place.open(rank, sum(args.kv_item_lens))
         self._got_s: dict[int, float] = {}  # prefill: when a room's transfer message was here
         self._opened_s: dict[int, float] = {}  # prefill: when a room was first heard of
-        self.senders: weakref.WeakValueDictionary[int, NixlKVSender] = weakref.WeakValueDictionary()
+        self.senders: weakref.WeakValueDictionary[int, NatsKVSender] = weakref.WeakValueDictionary()
         self._warm_rooms = itertools.count(-1, -1)  # never a request's: those are not negative
         super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
         self._postbox.attach(self)
@@ -209,13 +209,16 @@ class _NatsKVManager(NixlKVManager):
             self._report_written(room, got_s)
 
     def _report_written(self, room: int, got_s: float) -> None:
+        now_s, sender = time.monotonic(), self.senders.get(room)
+        handed_s = sender.handed_s if sender is not None else now_s
         for info in tuple(self.transfer_infos.get(room, {}).values()):
             pages = len(info.dst_kv_indices)
             said = {
                 headers.HANDSHAKE_STATUS: "success",
                 headers.HANDSHAKE_PAGES: str(pages),
                 headers.HANDSHAKE_BYTES: str(pages * self.kv_item_lens_sum),
-                headers.HANDSHAKE_US: str(int((time.monotonic() - got_s) * 1e6)),
+                headers.HANDSHAKE_US: str(int((now_s - got_s) * 1e6)),
+                headers.HANDSHAKE_WRITE_US: str(int((now_s - handed_s) * 1e6)),
             }
             self._postbox.report(Address.of(info.endpoint, info.dst_port), Operation.STATUS, room, said)
 
@@ -308,8 +311,13 @@ class NatsKVSender(NixlKVSender):
     def __init__(
         self, mgr: _NatsKVManager, bootstrap_addr: str, bootstrap_room: int, *args: Any, **kwargs: Any
     ) -> None:
+        self.handed_s = time.monotonic()  # when KV was last handed over to be written
         mgr.senders[bootstrap_room] = self
         super().__init__(mgr, bootstrap_addr, bootstrap_room, *args, **kwargs)
+
+    def send(self, *args: Any, **kwargs: Any) -> None:
+        self.handed_s = time.monotonic()
+        super().send(*args, **kwargs)
 
 
 def _host(bootstrap_addr: str) -> str:
