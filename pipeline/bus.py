@@ -12,7 +12,9 @@ import contextlib
 import functools
 import re
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from datetime import datetime
 from secrets import token_hex
 from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import urlparse
@@ -88,6 +90,7 @@ RETRY_AFTER_S: Final = 1.0  # what a client is told when a queue is full
 CLOSE_S_MAX: Final = 1.5
 HEADER_BYTES: Final = 16  # at least what the wire adds for a header, and for all of them together
 READ_BATCH: Final = 256
+LOSSES_KEPT: Final = 256
 _SCHEMES: Final = ("nats", "tls", "ws", "wss")
 _VIOLATION: Final = re.compile(r'permissions violation for (publish to|subscription to) "([^"]*)"')
 
@@ -174,6 +177,8 @@ class Bus:
         self._replicas = 1
         self._up = asyncio.Event()
         self._connections = 0
+        self._epoch = 0
+        self._losses_s: deque[float] = deque(maxlen=LOSSES_KEPT)
         self._connected_since_s = 0.0
         self._last_error = "no answer"
         self._refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -252,6 +257,20 @@ class Bus:
         """The largest payload that a subject carries here, headers not counted."""
         return min(self._client.max_payload, limits.PAYLOAD_BYTES_MAX)
 
+    @property
+    def epoch(self) -> int:
+        """Changes whenever a connection is lost or made: two messages of one epoch were sent over one connection,
+        and arrive in order or, from some point on, not at all."""
+        return self._epoch
+
+    def first_loss_after(self, moment_s: float) -> float | None:
+        """When a connection was lost for the first time since then, on the monotonic clock."""
+        return next((loss_s for loss_s in self._losses_s if loss_s >= moment_s), None)
+
+    async def until_connected(self) -> None:
+        """Wait for the end of an outage."""
+        await self._up.wait()
+
     def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
         """Call after each outage, once pullers and watches were told to go on and streams are provisioned."""
         self._callbacks.append(callback)
@@ -284,6 +303,7 @@ class Bus:
 
     def _note_connected(self) -> None:
         self._connections += 1
+        self._epoch += 1
         self._connected_since_s = time.monotonic()
         self._last_error = "no answer"
         self._up.set()
@@ -306,7 +326,12 @@ class Bus:
                 ask.answer.set_exception(NotPermitted(f"{self.name} may not publish to {ask.subject}"))
 
     async def _on_disconnected(self) -> None:
+        """What nats-py has not written yet is dropped: it would reach the broker without what was lost before it."""
         self._up.clear()
+        self._client._pending.clear()
+        self._client._pending_data_size = 0
+        self._epoch += 1
+        self._losses_s.append(time.monotonic())
         if not self._closing and self._connections:
             log.warning("bus_lost", url=self.url, reason=self._last_error)
         self._fail_asks("the connection was lost")
@@ -466,7 +491,14 @@ class Bus:
         self._check_size(subject, payload, headers, self.max_payload_bytes)
         return await self._ask(subject, payload, headers, timeout_s)
 
-    async def _ask(self, subject: str, payload: bytes, headers: dict[str, str] | None, timeout_s: float) -> Received:
+    async def _ask(
+        self,
+        subject: str,
+        payload: bytes,
+        headers: dict[str, str] | None,
+        timeout_s: float,
+        before: Callable[[], Awaitable[None]] | None = None,
+    ) -> Received:
         self._serial += 1
         token = str(self._serial)
         ask = _Ask(subject, asyncio.get_running_loop().create_future())
@@ -475,6 +507,10 @@ class Bus:
             async with asyncio.timeout(timeout_s):
                 if not self._client.is_connected:
                     await self._up.wait()
+                if before is not None:
+                    await before()
+                    if not self._client.is_connected:
+                        raise BusUnavailable(f"the connection was lost before {subject} was sent")
                 await self._send(subject, payload, headers, f"{self._inbox}.r.{token}")
                 received = await ask.answer
         except TimeoutError:
@@ -516,15 +552,19 @@ class Bus:
         msg_id: str | None = None,
         headers: dict[str, str] | None = None,
         timeout_s: float = 10.0,
+        before: Callable[[], Awaitable[None]] | None = None,
     ) -> Stored:
         """Store a message once, retried under one message id through outages until `timeout_s`.
+
+        `before` is awaited each time that the message is about to be sent; what it publishes goes ahead of the
+        message over the same connection, and what it raises but BusUnavailable ends the retries.
 
         Raises PayloadTooLarge, Overloaded where the stream is full, NotPermitted, and BusUnavailable where no
         stream took it in time: it may then be stored or not, and a repeat with the same `msg_id` is safe.
         """
         headers = {header_names.MSG_ID: msg_id or token_hex(12), **(headers or {})}
         self._check_size(subject, payload, headers, self._client.max_payload)
-        publish = functools.partial(self._store, subject, payload, headers)
+        publish = functools.partial(self._store, subject, payload, headers, before)
         return await self._retried(publish, timeout_s, f"no stream confirmed a message on {subject}", _may_pass)
 
     async def _retried(
@@ -548,8 +588,15 @@ class Bus:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, PAUSE_S_MAX)
 
-    async def _store(self, subject: str, payload: bytes, headers: dict[str, str], timeout_s: float) -> Stored:
-        received = await self._ask(subject, payload, headers, timeout_s)
+    async def _store(
+        self,
+        subject: str,
+        payload: bytes,
+        headers: dict[str, str],
+        before: Callable[[], Awaitable[None]] | None,
+        timeout_s: float,
+    ) -> Stored:
+        received = await self._ask(subject, payload, headers, timeout_s, before)
         try:
             answer = answer_of(received.payload)
         except BrokerRefused as refusal:
@@ -639,6 +686,15 @@ class Bus:
                 return
             from_seq = batch[-1].seq + 1
 
+    async def stored_at(self, stream: str, seq: int) -> StoredMessage | None:
+        """The message that a stream has under a sequence number; None where it has none. Raises BusUnavailable."""
+        ask = functools.partial(self._ask, f"{names.JS_API}.DIRECT.GET.{stream}", b'{"seq":%d}' % seq, None)
+        received = await self._retried(ask, API_S_MAX, f"stream {stream} could not be read", _may_pass)
+        headers = received.headers or {}
+        if STATUS in headers:
+            return None
+        return StoredMessage(headers["Nats-Subject"], received.payload, headers, seq)
+
     async def _read_batch(self, stream: str, subject: str, from_seq: int, timeout_s: float) -> list[StoredMessage]:
         """Up to `READ_BATCH` messages by one Direct Get (NATS ADR-31); an empty status message ends them."""
         found: list[StoredMessage] = []
@@ -715,13 +771,15 @@ class Bus:
 
     async def stream_state(self, name: str) -> StreamState:
         """Raises BrokerRefused where there is no such stream."""
-        state = (await self.api(f"STREAM.INFO.{name}"))["state"]
+        info = await self.api(f"STREAM.INFO.{name}")
+        state = info["state"]
         return StreamState(
             messages=state["messages"],
             bytes=state["bytes"],
             first_seq=state["first_seq"],
             last_seq=state["last_seq"],
             consumers=state["consumer_count"],
+            created_unix_s=datetime.fromisoformat(info["created"]).timestamp(),
         )
 
     async def consumer_state(self, stream: str, name: str) -> ConsumerState:

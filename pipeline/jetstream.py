@@ -77,6 +77,7 @@ class StreamState(msgspec.Struct, frozen=True):
     first_seq: int
     last_seq: int
     consumers: int
+    created_unix_s: float = 0.0
 
 
 class ConsumerState(msgspec.Struct, frozen=True):

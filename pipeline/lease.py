@@ -8,6 +8,7 @@ a frame or an ack, for another worker has it by then.
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -26,11 +27,17 @@ _START_S_MAX: Final = 10.0
 log = structlog.get_logger()
 
 
+class LeaseLost(Exception):
+    """The task is another worker's by now."""
+
+
 @dataclass(slots=True, eq=False)
 class Lease:
     """One task's lease. Times are of the monotonic clock, which goes on while a process is stopped."""
 
     ack_subject: str
+    on_lost: Callable[[], None] | None = None
+    """Called on the event loop when the clock has run out and nobody has released the lease."""
     expires_s: float = field(default_factory=lambda: time.monotonic() + LEASE_S - MARGIN_S)
 
     @property
@@ -58,9 +65,9 @@ class LeaseKeeper:
         if not await asyncio.to_thread(self._ready.wait, _START_S_MAX):
             raise TimeoutError(f"the lease thread did not connect to {self._url} within {_START_S_MAX:.0f} s")
 
-    def hold(self, delivery: Delivery) -> Lease:
+    def hold(self, delivery: Delivery, on_lost: Callable[[], None] | None = None) -> Lease:
         """Begin to keep a delivery's lease alive."""
-        lease = Lease(delivery.ack_subject)
+        lease = Lease(delivery.ack_subject, on_lost)
         with self._lock:
             self._leases.add(lease)
         return lease
@@ -78,6 +85,12 @@ class LeaseKeeper:
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         self._turned_s = time.monotonic()
         self._ticker = loop.call_later(_TICK_S, self._tick, loop)
+        with self._lock:
+            lost = [lease for lease in self._leases if not lease.valid]
+            self._leases.difference_update(lost)
+        for lease in lost:
+            if lease.on_lost is not None:
+                lease.on_lost()
 
     def _run(self) -> None:
         asyncio.run(self._renew_until_stopped())

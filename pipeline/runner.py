@@ -6,10 +6,14 @@ What becomes of a task, in one table:
 |----------------------------------|-----------------------|---------------------------------------|
 | it finished                      | its own frames        | ack, after every PubAck               |
 | `Permanent`, deadline, cancelled | terminal error frames | ack                                   |
-| `Transient`, anything else       | none yet              | nak with a delay                      |
-| the same on the last attempt     | terminal error frames | a dead letter, then ack               |
+| `Transient`                      | none yet              | nak with a delay                      |
+| `EngineDied`, anything else      | none yet              | nak with a delay, and the failure     |
+|                                  |                       | noted down                            |
+| the same on a second worker      | terminal error frames | a dead letter, then ack               |
+| `ATTEMPTS_MAX` deliveries        | terminal error frames | a dead letter, then ack               |
 | the lease ran out                | nothing               | nothing: another worker has the task  |
-| the worker drains                | none yet              | nak at once: another worker goes on   |
+| the worker drains                | none yet              | once the log has every frame, nak:    |
+|                                  |                       | another worker goes on                |
 
 A stage that yields `ACCEPTED` has its task acked there and then; whatever ends it afterwards is answered.
 """
@@ -38,22 +42,19 @@ from pipeline.errors import (
     PipelineError,
     Transient,
 )
-from pipeline.lease import Lease, LeaseKeeper
+from pipeline.fence import BrokerAge, Fence
+from pipeline.lease import Lease, LeaseKeeper, LeaseLost
 from pipeline.stage import ACCEPTED, Emit, Stage, Task
 from subjects import names
 from subjects.codec import decode, encode
-from subjects.limits import ATTEMPTS_MAX
-from subjects.messages import DeadLetter, Work
+from subjects.limits import ATTEMPTS_MAX, FAILURES_MAX
+from subjects.messages import DeadLetter, Failure, Work
 from subjects.streams import ConsumerSpec
 
 RETRY_S: Final = 1.0
 DRAIN_S: Final = 30.0
 
 log = structlog.get_logger()
-
-
-class LeaseLost(Exception):
-    """The task is another worker's by now."""
 
 
 class HandOver(Exception):
@@ -64,10 +65,12 @@ class HandOver(Exception):
 class _Running:
     """A task in progress, and why it is to stop if someone wants it to."""
 
+    delivery: Delivery
+    fence: Fence
+    lease: Lease
     job: asyncio.Task[None]
     stop: Exception | None = None
     settling: bool = False  # the stage is over and its outcome on the way to the broker
-    accepted: bool = False  # acked before its end: no other worker will have it
 
     def end(self, why: Exception) -> None:
         """Break the stage off; `why` decides the outcome. The first reason stands."""
@@ -81,6 +84,7 @@ class Runner:
 
     def __init__(self, bus: Bus, leases: LeaseKeeper, cancellations: Cancellations, stage: Stage[Any]) -> None:
         self._bus, self._leases, self._cancellations, self._stage = bus, leases, cancellations, stage
+        self._broker_age = BrokerAge(bus)
         self._running: dict[str, _Running] = {}  # by ack subject
         self._pullers: list[Puller] = []
         self._idle = asyncio.Event()
@@ -95,8 +99,10 @@ class Runner:
         puller: Puller | None = None
 
         def take(delivery: Delivery) -> None:
+            lease = self._leases.hold(delivery, lambda: running.end(LeaseLost()))
+            fence = Fence(self._bus, self._broker_age, delivery, lease)
             job = asyncio.create_task(self._work(delivery), name=f"{self._stage.name}.{delivery.stream_seq}")
-            self._running[delivery.ack_subject] = _Running(job)
+            running = self._running[delivery.ack_subject] = _Running(delivery, fence, lease, job)
             self._idle.clear()
             job.add_done_callback(lambda _: finish(delivery))
 
@@ -129,9 +135,13 @@ class Runner:
             stream_seq=delivery.stream_seq,
             attempt=delivery.attempt,
         )
-        lease = self._leases.hold(delivery)
+        running = self._running[delivery.ack_subject]
         try:
-            outcome = await self._outcome(delivery, lease, context)
+            await self._supersede(running)
+            outcome = await self._outcome(running, context)
+        except LeaseLost:
+            context.warning("lease_lost", code="lease_lost")
+            outcome = "lease_lost"
         except BusUnavailable as error:
             context.warning("task_left_to_redelivery", code=error.code)
             outcome = "unsettled"
@@ -139,51 +149,81 @@ class Runner:
             context.exception("runner_failed", code="internal")
             outcome = "unsettled"
         finally:
-            self._leases.release(lease)
+            self._leases.release(running.lease)
         if delivery.attempt > 1:
             metrics.REDELIVERIES.labels(self._stage.name).inc()
         metrics.STAGE_SECONDS.labels(self._stage.name, outcome).observe(time.monotonic() - started_s)
 
-    async def _outcome(self, delivery: Delivery, lease: Lease, context: Any) -> str:
-        """Run the stage and settle the delivery; the outcome's name, for the metrics."""
+    async def _supersede(self, running: _Running) -> None:
+        """The same task may come here again: its older delivery is over, and its engine's request with it."""
+        of = running.delivery
+        for older in list(self._running.values()):
+            same = (older.delivery.stream, older.delivery.stream_seq) == (of.stream, of.stream_seq)
+            if same and older is not running and not older.fence.accepted:
+                older.end(LeaseLost())
+                await asyncio.wait({older.job})
+
+    async def _outcome(self, running: _Running, context: Any) -> str:
+        """Run the stage and settle the delivery; the outcome's name, for the metrics. Raises LeaseLost."""
+        delivery, fence = running.delivery, running.fence
         try:
-            task = self._read(delivery)
+            task = self._read(delivery, await fence.attempt())
         except InvalidRequest as error:
-            return await self._give_up(delivery, None, error, context)
-        running = self._running[delivery.ack_subject]
+            return await self._give_up(running, None, error, context)
         try:
-            await self._run(task, delivery, lease)
+            await self._run(task, running)
         except LeaseLost:
-            context.warning("lease_lost", code="lease_lost")
-            return "lease_lost"
+            raise
         except Exception as error:
             context.debug("stage_ended_early", code=type(error).__name__)
-            if running.accepted:
+            if fence.accepted:
                 return await self._answer_accepted(task, error, context)
-            return await self._outcome_of(error, delivery, task, context)
-        if not running.accepted:
+            fence.check_lease()
+            return await self._outcome_of(error, running, task, context)
+        if not fence.accepted:
             await self._bus.ack(delivery)
         return "done"
 
-    async def _outcome_of(self, error: Exception, delivery: Delivery, task: Task[Any], context: Any) -> str:
+    async def _outcome_of(self, error: Exception, running: _Running, task: Task[Any], context: Any) -> str:
         """What an error makes of a task."""
+        delivery = running.delivery
         match error:
             case HandOver():
+                await running.fence.checkpoint()
                 await self._bus.nak(delivery)
                 return "handed_over"
             case Permanent():
                 context.info("task_ended_in_error", code=error.code)
-                return await self._answer(delivery, task, error)
+                return await self._answer(running, task, error)
+            case EngineDied():
+                return await self._retry_failed(error, running, task, context)
             case Transient():
                 context.info("task_retried", code=error.code, reason=str(error))
-                cause: PipelineError = error
+                if delivery.attempt >= ATTEMPTS_MAX:
+                    return await self._give_up(running, task, error, context)
+                await self._bus.nak(delivery, delay_s=error.retry_after_s or RETRY_S)
+                return "retried"
             case _:
                 context.exception("stage_failed", code=type(error).__name__)
-                cause = _exhausted(delivery, error)
-        if delivery.attempt >= ATTEMPTS_MAX:
-            return await self._give_up(delivery, task, cause, context)
-        await self._bus.nak(delivery, delay_s=cause.retry_after_s or RETRY_S)
+                return await self._retry_failed(error, running, task, context)
+
+    async def _retry_failed(self, error: Exception, running: _Running, task: Task[Any], context: Any) -> str:
+        """The task may be what broke the stage or its engine: another worker tries it, but not one after another."""
+        delivery = running.delivery
+        failures = await self._count_failure(delivery, error)
+        if failures >= FAILURES_MAX or delivery.attempt >= ATTEMPTS_MAX:
+            return await self._give_up(running, task, _exhausted(failures, FAILURES_MAX, error), context)
+        context.info("task_retried", code=type(error).__name__, reason=str(error))
+        await self._bus.nak(delivery, delay_s=RETRY_S)
         return "retried"
+
+    async def _count_failure(self, delivery: Delivery, error: Exception) -> int:
+        """Note down that the task's stage or engine broke; how often that has happened, on whichever worker."""
+        task = f"{delivery.stream}-{delivery.stream_seq}-{int(1e6 * delivery.stored_unix_s)}"
+        subject = names.FAILED.of(stage=self._stage.name, task=task)
+        failure = Failure(code=type(error).__name__, message=str(error), status=500)
+        stored = await self._bus.publish_durable(subject, encode(failure), msg_id=f"{task}.{delivery.consumer_seq}")
+        return (await self._bus.subjects_state(stored.stream, subject)).get(subject, 0)
 
     async def _answer_accepted(self, task: Task[Any], error: Exception, context: Any) -> str:
         """An accepted task cannot go to another worker: whoever waits for it is told."""
@@ -193,11 +233,10 @@ class Runner:
         await self._publish_all(self._stage.answer(task, error))
         return error.code
 
-    async def _run(self, task: Task[Any], delivery: Delivery, lease: Lease) -> None:
+    async def _run(self, task: Task[Any], running: _Running) -> None:
         """Run the stage to its end; raises what ended it early."""
-        running = self._running[delivery.ack_subject]
-        if delivery.attempt > ATTEMPTS_MAX:
-            raise _exhausted(delivery, None)
+        if running.delivery.attempt > ATTEMPTS_MAX:
+            raise _exhausted(running.delivery.attempt, ATTEMPTS_MAX, None)
         request_id, deadline_unix_s = _identity(task)
         try:
             if request_id:
@@ -207,11 +246,9 @@ class Runner:
             async with _deadline(deadline_unix_s), contextlib.aclosing(self._stage.run(task)) as emits:
                 async for emit in emits:
                     if emit is ACCEPTED:
-                        await self._accept(delivery, lease)
+                        await self._accept(running)
                         continue
-                    if not (lease.valid or running.accepted):
-                        raise LeaseLost
-                    await self._publish(emit)
+                    await self._publish(emit, running.fence)
                     if emit.frame is not None and emit.frame.finish_reason:
                         task.ended.add(emit.frame.choice)
         except asyncio.CancelledError:
@@ -223,15 +260,14 @@ class Runner:
             running.settling = True
             if request_id:
                 self._cancellations.unwatch(request_id)
-        if not (lease.valid or running.accepted):
-            raise LeaseLost
+        running.fence.check_lease()
 
-    async def _accept(self, delivery: Delivery, lease: Lease) -> None:
-        self._running[delivery.ack_subject].accepted = True
-        self._leases.release(lease)
-        await self._bus.ack(delivery)
+    async def _accept(self, running: _Running) -> None:
+        running.fence.accepted = True
+        self._leases.release(running.lease)
+        await self._bus.ack(running.delivery)
 
-    def _read(self, delivery: Delivery) -> Task[Any]:
+    def _read(self, delivery: Delivery, attempt: int) -> Task[Any]:
         """The delivery as the stage's task. Raises InvalidRequest where the payload is not the stage's."""
         payload: Any = delivery.payload
         if self._stage.takes is not bytes:
@@ -244,26 +280,30 @@ class Runner:
             headers=delivery.headers or {},
             subject=delivery.subject,
             stream_seq=delivery.stream_seq,
-            attempt=delivery.attempt,
+            attempt=attempt,
             stored_unix_s=delivery.stored_unix_s,
         )
 
-    async def _publish(self, emit: Emit) -> None:
-        if emit.msg_id is None:
+    async def _publish(self, emit: Emit, fence: Fence | None = None) -> None:
+        """Frames stay behind their fence; other emits are known by their message id, whoever sends them."""
+        if fence is not None:
+            await fence.publish(emit)
+        elif emit.msg_id is None:
             await self._bus.publish(emit.subject, emit.payload, headers=emit.headers)
         else:
             await self._bus.publish_durable(emit.subject, emit.payload, msg_id=emit.msg_id, headers=emit.headers)
         if emit.frame is not None and emit.frame.error is not None:
             metrics.ERRORS.labels(emit.frame.error.code).inc()
 
-    async def _answer(self, delivery: Delivery, task: Task[Any], error: PipelineError) -> str:
+    async def _answer(self, running: _Running, task: Task[Any], error: PipelineError) -> str:
         """End the task's request with terminal error frames, then the task."""
-        await self._publish_all(self._stage.answer(task, error))
-        await self._bus.ack(delivery)
+        await self._publish_all(self._stage.answer(task, error), running.fence)
+        await self._bus.ack(running.delivery)
         return error.code
 
-    async def _give_up(self, delivery: Delivery, task: Task[Any] | None, error: PipelineError, context: Any) -> str:
+    async def _give_up(self, running: _Running, task: Task[Any] | None, error: PipelineError, context: Any) -> str:
         """Dead-letter a task that cannot be worked on, and answer its client if it is known."""
+        delivery = running.delivery
         context.error("task_dead_lettered", code=error.code)
         letter = DeadLetter(
             stage=self._stage.name,
@@ -280,13 +320,13 @@ class Runner:
         msg_id = f"dead.{delivery.stream}.{delivery.stream_seq}"
         await self._bus.publish_durable(subject, encode(letter), msg_id=msg_id)
         if task:
-            await self._publish_all(self._stage.answer(task, error))
+            await self._publish_all(self._stage.answer(task, error), running.fence)
         await self._bus.ack(delivery)
         return "dead"
 
-    async def _publish_all(self, emits: Iterable[Emit]) -> None:
+    async def _publish_all(self, emits: Iterable[Emit], fence: Fence | None = None) -> None:
         for emit in emits:
-            await self._publish(emit)
+            await self._publish(emit, fence)
 
 
 def _identity(task: Task[Any]) -> tuple[str | None, float | None]:
@@ -295,11 +335,9 @@ def _identity(task: Task[Any]) -> tuple[str | None, float | None]:
     return (work.request_id, work.deadline_unix_s) if isinstance(work, Work) else (None, None)
 
 
-def _exhausted(delivery: Delivery, cause: Exception | None) -> AttemptsExhausted:
+def _exhausted(times: int, limit: int, cause: Exception | None) -> AttemptsExhausted:
     why = f"; the last error: {cause}" if cause else ""
-    return AttemptsExhausted(
-        f"handed to {delivery.attempt} workers without an end{why}", size=delivery.attempt, limit=ATTEMPTS_MAX
-    )
+    return AttemptsExhausted(f"given to {times} workers without an end{why}", size=times, limit=limit)
 
 
 @contextlib.asynccontextmanager

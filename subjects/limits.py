@@ -33,8 +33,11 @@ LEASE_RENEW_S: Final = 2.0
 HEARTBEAT_S: Final = 1.0
 PRESENCE_S: Final = 3.0
 """A worker not heard of for this long is down."""
-ATTEMPTS_MAX: Final = 5
-"""A task handed out this often without an end is dead-lettered and answered."""
+FAILURES_MAX: Final = 2
+"""A task on which so many workers' engines or stages broke is dead-lettered and answered."""
+FAILURES_KEPT_S: Final = 3_600.0
+ATTEMPTS_MAX: Final = 12
+"""A task handed out this often without an end, mostly by the death of its workers, is dead-lettered and answered."""
 REQUEST_S_DEFAULT: Final = 600.0
 """The deadline of a request that names none, counted from its acceptance."""
 REQUEST_S_MAX: Final = 86_400.0

@@ -175,6 +175,13 @@ PEER: Final = Subject(
     "Asked four times a second while a room is open: no responders means that the rank is gone. Outside `sglang.>`, "
     "since whoever reads a subject is a responder on it.",
 )
+FAILED: Final = Subject(
+    "sglang.failed.{stage}.{task}",
+    Kind.JETSTREAM,
+    "any stage -> any stage",
+    "Failure",
+    "A stage or its engine broke on a task (`<stream>-<stream_seq>-<microseconds>`); those of one task are counted.",
+)
 DEAD: Final = Subject(
     "sglang.dead.{stage}.{model}",
     Kind.JETSTREAM,
@@ -198,6 +205,7 @@ ALL: Final[tuple[Subject, ...]] = (
     HEARTBEAT,
     METRICS,
     CONTROL,
+    FAILED,
     DEAD,
 )
 

@@ -80,12 +80,23 @@ WORK: Final = StreamSpec(
 RESPONSES: Final = StreamSpec(
     name="RESPONSES",
     subjects=(names.RESPONSES.any(),),
-    about="Output frames, so that a client can resume a stream.",
+    about="Output frames, so that a client, or a request's next owner, can go on; over a restart of the broker too.",
     retention="limits",
-    storage="memory",
+    storage="file",
     discard="old",
     max_bytes=1024 * MIB,
     max_age_s=limits.RESPONSES_KEPT_S,
+)
+FAILED: Final = StreamSpec(
+    name="FAILED",
+    subjects=(names.FAILED.any(),),
+    about="What broke stages and engines: a task that does so again and again is poison.",
+    retention="limits",
+    storage="file",
+    discard="old",
+    max_bytes=64 * MIB,
+    max_age_s=limits.FAILURES_KEPT_S,
+    max_msgs_per_subject=2 * limits.FAILURES_MAX,
 )
 DEAD: Final = StreamSpec(
     name="DEAD",
@@ -108,7 +119,7 @@ ADVISORIES: Final = StreamSpec(
     max_bytes=16 * MIB,
     max_age_s=7 * 86_400,
 )
-STREAMS: Final = (REQUESTS, WORK, RESPONSES, DEAD, ADVISORIES)
+STREAMS: Final = (REQUESTS, WORK, RESPONSES, FAILED, DEAD, ADVISORIES)
 
 CARDS: Final = BucketSpec(
     name="SGLANG_CARDS",

@@ -15,7 +15,7 @@ from pipeline.runner import Runner
 from pipeline.stage import Emit, Stage, Task, emit_frame, end_with_error, stage
 from subjects import names, streams
 from subjects.codec import TokenIds, decode, encode
-from subjects.limits import ATTEMPTS_MAX
+from subjects.limits import ATTEMPTS_MAX, FAILURES_MAX
 from subjects.messages import Cancel, DeadLetter, Frame, PreprocessedRequest, StopConditions
 
 MODEL = "m"
@@ -152,11 +152,24 @@ async def test_a_task_that_always_fails_is_dead_lettered_and_answered(scene, mon
     await scene.run(bug)
     await scene.ask()
     end = await scene.next_frame()
-    assert (end.finish_reason, end.error.code, end.attempt) == ("error", "attempts_exhausted", ATTEMPTS_MAX)
+    assert (end.finish_reason, end.error.code, end.attempt) == ("error", "attempts_exhausted", FAILURES_MAX)
     assert "a bug" in end.error.message
     letter = await asyncio.wait_for(letters.get(), WAIT_S)
-    assert (letter.stage, letter.request_id, letter.attempts) == ("decode", "r1", ATTEMPTS_MAX)
+    assert (letter.stage, letter.request_id, letter.attempts) == ("decode", "r1", FAILURES_MAX)
     assert decode(PreprocessedRequest, letter.payload).request_id == "r1"
+    await scene.settled()
+
+
+async def test_what_may_pass_is_tried_more_often_than_what_breaks_workers(scene):
+    @stage(name="decode", takes=PreprocessedRequest, answer=answer)
+    async def busy(task) -> AsyncIterator[Emit]:
+        raise Overloaded("later", retry_after_s=0.01)
+        yield
+
+    await scene.run(busy)
+    await scene.ask()
+    end = await scene.next_frame()
+    assert (end.finish_reason, end.error.code, end.attempt) == ("error", "overloaded", ATTEMPTS_MAX)
     await scene.settled()
 
 
@@ -236,7 +249,8 @@ async def test_a_draining_runner_hands_over_at_once(scene):
     await scene.run(second)
     await first.drain(timeout_s=0)
     assert closed.is_set()
-    assert (await scene.next_frame()).attempt == 2
+    # The first worker's last frame comes once more: its confirmation says that the log has all of them.
+    assert [(await scene.next_frame()).attempt for _ in range(2)] == [1, 2]
 
 
 async def test_a_worker_that_lost_its_lease_says_nothing_more(scene):
