@@ -88,6 +88,8 @@ SYMBOLS: Final = (
             "stream_interval",
         ),
     ),
+    Symbol("sglang.srt.disaggregation.utils", "FAKE_BOOTSTRAP_HOST"),
+    Symbol("sglang.srt.managers.load_snapshot", "ShmLoadSnapshotReader", ("path",)),
     Symbol("sglang.srt.server_args", "ServerArgs", ("model_path", "incremental_streaming_output")),
     Symbol("sglang.srt.server_args", "ServerArgs.add_cli_args", ("parser",)),
     Symbol("sglang.srt.plugins.hook_registry", "HookRegistry.register", ("target", "hook", "hook_type")),
@@ -112,15 +114,33 @@ SYMBOLS: Final = (
     Symbol("sglang.srt.disaggregation.nixl.conn", "NixlKVManager.__init__"),
 )
 
+_SCHEDULER: Final = "sglang.srt.managers.scheduler"
 TEXTS: Final = (
     Symbol(_ENGINE, "Engine.__init__"),
     Symbol(_MANAGER, "TokenizerManager.auto_create_handle_loop"),
     Symbol(_MANAGER, "TokenizerManager.init_running_status"),
+    Symbol(_MANAGER, "TokenizerManager.init_ipc_channels"),
+    Symbol(_SCHEDULER, "Scheduler.get_internal_state"),
 )
 _LINES: Final = {
-    "Engine.__init__": ("self.tokenizer_manager = tokenizer_manager", "atexit.register(self.shutdown)"),
+    "Engine.__init__": (
+        "atexit.register(self.shutdown)",
+        "self.tokenizer_manager = tokenizer_manager",
+        "self.port_args = port_args",
+        "self.send_to_rpc = ",
+    ),
     "TokenizerManager.auto_create_handle_loop": ("if self.event_loop is not None:\n            return",),
     "TokenizerManager.init_running_status": ("self.event_loop = None", "self._subprocess_watchdog = None"),
+    "TokenizerManager.init_ipc_channels": (
+        "self.recv_from_detokenizer = ",
+        "self.send_to_scheduler = ",
+        "self.load_snapshot_reader = ",
+    ),
+    "Scheduler.get_internal_state": (
+        'ret["effective_max_running_requests_per_dp"] = self.max_running_requests',
+        'ret["memory_usage"] = ',
+        "token_capacity=self.max_total_num_tokens",
+    ),
 }
 """Text that must stand in these functions, where a name alone does not show how it is used."""
 
