@@ -52,6 +52,10 @@ Watched = Annotated[Literal["bootstrap"], typer.Argument(help="What to watch.")]
 ModelOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="The served model; default: the only one that is served.")
 ]
+ClientOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Whose answer it is; two of one name read each other's.")
+]
+FramesOption = Annotated[bool, typer.Option("--frames", help="Print each frame as JSON instead of text.")]
 
 
 def main() -> None:
@@ -153,7 +157,11 @@ def request(
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
     choices: Annotated[int, typer.Option("-n", help="How many answers.")] = 1,
     deadline_s: Annotated[float, typer.Option("--deadline", metavar="SECONDS", help="Give up after this.")] = 600.0,
-    frames: Annotated[bool, typer.Option("--frames", help="Print each frame as JSON instead of text.")] = False,
+    client: ClientOption = None,
+    request_id: Annotated[
+        str | None, typer.Option("--id", metavar="ID", help="Its id, for `resume` and `cancel`; the same id runs once.")
+    ] = None,
+    frames: FramesOption = False,
     nats: NatsOption = None,
 ) -> None:
     """Ask a model; the answer streams to standard output, its timing goes to standard error."""
@@ -165,13 +173,14 @@ def request(
         "stop": tuple(stop) if stop else None,
         "n": choices if choices != 1 else None,
         "deadline": time.time() + deadline_s,
+        "request_id": request_id,
     }
     fields = _request_fields(json_file, prompt, system, raw)
     fields |= {name: value for name, value in options.items() if value is not None}
 
     from pipeline import look
 
-    raise typer.Exit(_run(look.ask(nats or config.nats_url(), model, fields, as_frames=frames)))
+    raise typer.Exit(_run(look.ask(nats or config.nats_url(), model, fields, client=client, as_frames=frames)))
 
 
 def _request_fields(json_file: Path | None, prompt: str | None, system: str | None, raw: bool) -> dict[str, Any]:
@@ -194,6 +203,69 @@ def _request_fields(json_file: Path | None, prompt: str | None, system: str | No
     if not fields:
         raise ConfigError("give a prompt, or a request with --json FILE", field="prompt")
     return fields
+
+
+@app.command(rich_help_panel=ASK)
+def resume(
+    request_id: Annotated[str, typer.Argument(help="The request's id.")],
+    client: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Who asked; default: the only one with an answer of this id.")
+    ] = None,
+    from_token: Annotated[int, typer.Option("--from", metavar="N", min=0, help="Leave out the first N tokens.")] = 0,
+    choices: Annotated[int, typer.Option("-n", min=1, help="How many answers were asked for.")] = 1,
+    deadline_s: Annotated[float, typer.Option("--deadline", metavar="SECONDS", help="Give up after this.")] = 600.0,
+    frames: FramesOption = False,
+    nats: NatsOption = None,
+) -> None:
+    """Read a request's answer from token N on: what the log has of it, then live to its end."""
+    from pipeline import look
+
+    reading = look.resume(
+        nats or config.nats_url(),
+        request_id,
+        client=client,
+        from_token=from_token,
+        choices=choices,
+        deadline_s=deadline_s,
+        as_frames=frames,
+    )
+    raise typer.Exit(_run(reading))
+
+
+@app.command(rich_help_panel=ASK)
+def batch(
+    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Requests: OpenAI batch lines.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where the answers go; default: FILE.out.jsonl. What it has is kept."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The served model, for lines whose body names none.")
+    ] = None,
+    in_flight: Annotated[int, typer.Option(min=1, max=4096, help="How many to have in work at once.")] = 256,
+    deadline_s: Annotated[
+        float,
+        typer.Option("--deadline", metavar="SECONDS", min=1, max=86_000, help="The longest that a line may take."),
+    ] = 43_200.0,
+    submit_only: Annotated[
+        bool, typer.Option("--submit", help="Submit every line and leave; a later run gets the answers.")
+    ] = False,
+    nats: NatsOption = None,
+) -> None:
+    """Answer a file of requests. Stopped or killed, the same command goes on, and pays for no line twice."""
+    from pipeline.batch import run_batch
+
+    url = nats or config.nats_url()
+    running = run_batch(
+        url,
+        file,
+        output,
+        model=model,
+        in_flight=in_flight,
+        deadline_s=deadline_s,
+        submit_only=submit_only,
+    )
+    raise typer.Exit(_run(running))
 
 
 @app.command(rich_help_panel=ASK)

@@ -9,9 +9,10 @@ A process that was killed in the middle goes on with `client.resume("r1", from_t
 
 import asyncio
 import contextlib
+import functools
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,8 +20,8 @@ import structlog
 
 from pipeline import metrics
 from pipeline.bus import Bus, Received, Subscription
-from pipeline.errors import InvalidRequest, OutputGone, Overloaded, PipelineError
-from pipeline.follow import Follower, LiveFrames, Output
+from pipeline.errors import InvalidRequest, Overloaded, PipelineError
+from pipeline.follow import Follower, LiveFrames, Output, Pause
 from pipeline.openai import identify
 from subjects import headers, names, streams
 from subjects.codec import decode, encode
@@ -29,6 +30,8 @@ from subjects.messages import Cancel, Frame, PreprocessedRequest, Request
 
 SCANNED_MAX: Final = 20_000
 """So many waiting tasks are looked through for a request that the log does not know."""
+BYTES_MAX: Final = 64 * 1024 * 1024
+"""And so many bytes of them."""
 
 log = structlog.get_logger()
 
@@ -48,12 +51,19 @@ class Client:
         self._bus, self.name = bus, client
         self._live: dict[str, list[LiveFrames]] = {}  # by request id
         self._subscription: Subscription | None = None
+        self._looking = asyncio.Lock()
+        self._looked_s = -1.0  # when the last look into the queues began, monotonic
+        self._held: set[str] | None = None
 
     @classmethod
     @contextlib.asynccontextmanager
     async def connect(cls, url: str, *, client: str | None = None) -> AsyncIterator["Client"]:
-        """Connect as `client`: two processes of one name read each other's answers. Raises BusConnectError."""
+        """Connect as `client`: two processes of one name read each other's answers.
+
+        Raises BusConnectError, and InvalidRequest for a name that does not fit in a subject.
+        """
         name = client or f"py-{uuid.uuid4().hex[:12]}"
+        _check_token("client", name)
         bus = await Bus.connect(url, name=f"client.{name}")
         self = cls(bus, name)
         try:
@@ -133,14 +143,13 @@ class Client:
         on_duplicate: Callable[[str], None] | None = None,
     ) -> AsyncIterator[Frame]:
         """As `generate`, of a request that is encoded already. Closing the iterator early leaves it running."""
-        with self._listening(request_id) as live:
-            follower = Follower(self._bus, self.name, request_id, live, Output(choices), deadline_unix_s)
+        with self._following(request_id, Output(choices), deadline_unix_s) as follower:
             submitted = await self.publish(model, payload, request_id)
             if submitted.duplicate:
                 log.info("request_known", request_id=request_id, client=self.name)
                 if on_duplicate:
                     on_duplicate(request_id)
-                async for frame in self._logged(follower, request_id):
+                async for frame in follower.begin():
                     yield frame
             async for frame in follower.to_the_end():
                 yield frame
@@ -153,23 +162,24 @@ class Client:
         choices: int = 1,
         choice: int | None = None,
         deadline: float | None = None,
+        accepted: bool = False,
     ) -> AsyncIterator[Frame]:
         """The rest of a request's output: what the log has from token `from_token` on, then live to the end.
 
         It may be any request of this client's name, of this process or of one that was killed. `choices`: how many it
-        has; `choice`: only that one. Closing the iterator early leaves the request running.
+        has; `choice`: only that one; `accepted`: it is known to wait or run, so it is not looked for. Closing the
+        iterator early leaves the request running.
 
         Raises:
             OutputGone: the log no longer has what is asked for, and the request neither waits nor runs.
             DeadlineExceeded: no frame came before `deadline` (Unix seconds; default in `REQUEST_S_DEFAULT`).
             BusUnavailable: the log cannot be read.
         """
+        _check_token("request_id", request_id)
         deadline_unix_s = time.time() + REQUEST_S_DEFAULT if deadline is None else deadline
-        with self._listening(request_id) as live:
-            output = Output(choices, from_token, choice)
-            follower = Follower(self._bus, self.name, request_id, live, output, deadline_unix_s)
+        with self._following(request_id, Output(choices, from_token, choice), deadline_unix_s) as follower:
             await self._bus.flush()  # the subscription stands: what the log does not have yet will be heard
-            async for frame in self._logged(follower, request_id):
+            async for frame in follower.caught_up() if accepted else follower.begin():
                 yield frame
             async for frame in follower.to_the_end():
                 yield frame
@@ -184,48 +194,46 @@ class Client:
             yield decode(Frame, stored.payload)
 
     async def held(self) -> set[str] | None:
-        """The ids of this client's requests that wait or run; None where too many wait to look through them."""
+        """The ids of this client's requests that wait or run; None where too much waits to look through it."""
+        waiting = [await self._bus.stream_state(stream.name) for stream in (streams.REQUESTS, streams.WORK)]
+        if sum(state.messages for state in waiting) > SCANNED_MAX or sum(state.bytes for state in waiting) > BYTES_MAX:
+            return None
         found: set[str] = set()
-        scanned = 0
         async for stored in self._bus.read(streams.REQUESTS.name, names.REQUESTS.any()):
             identity = identify(stored.payload, stored.headers or {}, stored.seq)
             if identity.client == self.name:
                 found.add(identity.request_id)
-            if (scanned := scanned + 1) > SCANNED_MAX:
-                return None
         for subject in (names.DECODE_ANY.any(), names.DECODE_WORKER.any()):  # after, since requests move this way
             async for stored in self._bus.read(streams.WORK.name, subject):
                 work = decode(PreprocessedRequest, stored.payload)
                 if work.client == self.name:
                     found.add(work.request_id)
-                if (scanned := scanned + 1) > SCANNED_MAX:
-                    return None
         return found
 
-    async def _logged(self, follower: Follower, request_id: str) -> AsyncIterator[Frame]:
-        """What the log has. Raises OutputGone where it has nothing of a request that no queue holds."""
-        async for frame in follower.caught_up():
-            yield frame
-        if follower.output.begun:
-            return
-        held = await self.held()
-        if held is not None and request_id not in held:
-            async for frame in follower.caught_up():  # it may have ended while its queues were looked through
-                yield frame
-            if not follower.output.begun:
-                raise OutputGone(
-                    f"nothing is known of request {request_id} of client {self.name}: no queue holds it, and the log "
-                    f"keeps frames for {streams.RESPONSES.max_age_s:g} s",
-                    field="request_id",
-                )
+    async def _is_held(self, request_id: str) -> bool:
+        """Whether a request waits or runs; True where that cannot be told. Many that ask at once share one look."""
+        asked_s = time.monotonic()
+        async with self._looking:
+            if self._looked_s <= asked_s:
+                began_s = time.monotonic()
+                self._held = await self.held()
+                self._looked_s = began_s
+            return self._held is None or request_id in self._held
 
     @contextlib.contextmanager
-    def _listening(self, request_id: str):
-        """A queue of the frames that are heard of a request inside the block."""
+    def _following(self, request_id: str, output: Output, deadline_unix_s: float) -> Iterator[Follower]:
+        """A follower that hears what comes of a request inside the block."""
         live: LiveFrames = asyncio.Queue()
         self._live.setdefault(request_id, []).append(live)
         try:
-            yield live
+            yield Follower(
+                self._bus,
+                names.RESPONSES.of(client=self.name, request_id=request_id),
+                live,
+                output,
+                is_held=functools.partial(self._is_held, request_id),
+                deadline_unix_s=deadline_unix_s,
+            )
         finally:
             self._live[request_id].remove(live)
             if not self._live[request_id]:
@@ -242,13 +250,26 @@ class Client:
         """The connection was lost for a while: what came meanwhile is in the log."""
         for readers in self._live.values():
             for live in readers:
-                live.put_nowait(None)
+                live.put_nowait(Pause.OUTAGE)
 
 
 def _encoded(fields: dict[str, Any]) -> tuple[str, bytes, Request]:
     """A request's id, payload and value, with id and deadline filled in. Raises InvalidRequest."""
     filled = {"request_id": uuid.uuid4().hex, "deadline": time.time() + REQUEST_S_DEFAULT} | fields
     request = Request(**filled)
+    _check_token("request_id", filled["request_id"])
     if not 1 <= request.n <= CHOICES_MAX:
         raise InvalidRequest(f"n: {request.n} choices; 1 to {CHOICES_MAX} can be asked for", field="n", size=request.n)
     return filled["request_id"], encode(request), request
+
+
+def _check_token(field: str, name: str) -> None:
+    """Raises InvalidRequest for a name that an answer's subject could not have."""
+    if not names.is_token(name):
+        raise InvalidRequest(
+            f"{field}: {name[: names.TOKEN_CHARS_MAX]!r} does not fit in a subject: 1 to {names.TOKEN_CHARS_MAX} of "
+            "A-Z a-z 0-9 _ -",
+            field=field,
+            size=len(name),
+            limit=names.TOKEN_CHARS_MAX,
+        )

@@ -7,8 +7,9 @@ that has heard nothing for a while, or whose connection was made anew reads the 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Final
 
 import msgspec
@@ -16,7 +17,7 @@ import msgspec
 from pipeline.bus import Bus
 from pipeline.errors import BusUnavailable, DeadlineExceeded, OutputGone
 from pipeline.progress import Progress
-from subjects import names, streams
+from subjects import streams
 from subjects.codec import TokenIds, decode
 from subjects.messages import Frame
 
@@ -28,9 +29,18 @@ LAG_S_MAX: Final = 2.0
 """The log takes a frame in a moment after live readers had it; a gap that stays for longer is real."""
 LAG_STEP_S: Final = 0.02
 READ_S_MAX: Final = 10.0
+_KEPT: Final = f"the log keeps frames for {streams.RESPONSES.max_age_s:g} s and not over a restart of the broker"
 
-LiveFrames = asyncio.Queue[Frame | None]
-"""Frames as they are heard; None where the connection was lost in between."""
+
+class Pause(Enum):
+    """Why there is no frame."""
+
+    SILENCE = "nothing was heard for a while"
+    OUTAGE = "the connection was lost for a while"
+
+
+LiveFrames = asyncio.Queue[Frame | Pause]
+"""Frames as they are heard, and what came between."""
 
 
 @dataclass(slots=True)
@@ -104,19 +114,34 @@ class Follower:
     """Reads one request's output. Listen before the request or the first `caught_up`, so that nothing is missed."""
 
     def __init__(
-        self, bus: Bus, client: str, request_id: str, live: LiveFrames, output: Output, deadline_unix_s: float
+        self,
+        bus: Bus,
+        subject: str,
+        live: LiveFrames,
+        output: Output,
+        *,
+        is_held: Callable[[], Awaitable[bool]],
+        deadline_unix_s: float,
     ) -> None:
-        self._bus, self._live, self.output, self._deadline_unix_s = bus, live, output, deadline_unix_s
-        self._request_id = request_id
-        self._subject = names.RESPONSES.of(client=client, request_id=request_id)
+        """`is_held` tells whether a queue has the request still; where that cannot be told, it does."""
+        self._bus, self._subject, self._live, self._output = bus, subject, live, output
+        self._is_held, self._deadline_unix_s = is_held, deadline_unix_s
+
+    async def begin(self) -> AsyncIterator[Frame]:
+        """What the log has. Raises OutputGone where it has nothing and no queue holds the request, BusUnavailable."""
+        async for new in self.caught_up():
+            yield new
+        if not self._output.begun:
+            async for new in self._found():
+                yield new
 
     async def caught_up(self) -> AsyncIterator[Frame]:
-        """What the log has of it so far and the reader has not. Raises OutputGone, BusUnavailable."""
+        """What the log has that the reader has not. Raises OutputGone for a gap in it, BusUnavailable."""
         async for stored in self._bus.read(streams.RESPONSES.name, self._subject, timeout_s=READ_S_MAX):
             frame = decode(Frame, stored.payload)
-            if self.output.missing(frame):
+            if self._output.missing(frame):
                 raise self._gone(frame)
-            if new := self.output.add(frame):
+            if new := self._output.add(frame):
                 yield new
 
     async def to_the_end(self) -> AsyncIterator[Frame]:
@@ -125,45 +150,59 @@ class Follower:
         Raises OutputGone where tokens are missing that the log no longer has, DeadlineExceeded where no frame says
         so but the deadline has passed, BusUnavailable where a gap shows and the log cannot be read.
         """
-        while not self.output.whole:
+        while not self._output.whole:
             frame = await self._heard()
-            if frame is None:
-                with contextlib.suppress(BusUnavailable):  # an outage: its end is heard of
-                    async for new in self.caught_up():
+            if isinstance(frame, Pause):
+                with contextlib.suppress(BusUnavailable):  # another outage: its end is heard of
+                    async for new in self._found() if frame is Pause.OUTAGE else self.caught_up():
                         yield new
                 continue
-            if self.output.missing(frame):
+            if self._output.missing(frame):
                 async for new in self._bridged(frame):
                     yield new
-            if new := self.output.add(frame):
+            if new := self._output.add(frame):
                 yield new
+
+    async def _found(self) -> AsyncIterator[Frame]:
+        """As `caught_up`; raises OutputGone where the rest will never come, for no queue holds the request."""
+        async for new in self.caught_up():
+            yield new
+        if self._output.whole or await self._is_held():
+            return
+        async for new in self.caught_up():  # it may have ended while its queues were looked through
+            yield new
+        if not self._output.whole:
+            raise OutputGone(
+                f"the rest of what {self._subject} carried is gone: no queue holds the request, and {_KEPT}",
+                field="request_id",
+            )
 
     async def _bridged(self, frame: Frame) -> AsyncIterator[Frame]:
         """From the log, what is missing before a frame that was heard live. Raises OutputGone."""
         deadline_s = time.monotonic() + LAG_S_MAX
-        while self.output.missing(frame):
+        while self._output.missing(frame):
             async for new in self.caught_up():
                 yield new
-            if self.output.missing(frame):
+            if self._output.missing(frame):
                 if time.monotonic() > deadline_s:
                     raise self._gone(frame)
                 await asyncio.sleep(LAG_STEP_S)
 
-    async def _heard(self) -> Frame | None:
-        """The next live frame; None where the log should be looked at. Raises DeadlineExceeded."""
+    async def _heard(self) -> Frame | Pause:
+        """The next live frame, or why there is none. Raises DeadlineExceeded."""
         remaining_s = self._deadline_unix_s + GRACE_S - time.time()
         try:
             return await asyncio.wait_for(self._live.get(), max(0.0, min(remaining_s, SILENCE_S)))
         except TimeoutError:
             if remaining_s > SILENCE_S:
-                return None
+                return Pause.SILENCE
             raise DeadlineExceeded("no answer came before the request's deadline", field="deadline") from None
 
     def _gone(self, frame: Frame) -> OutputGone:
-        have = self.output.has(frame.choice)
+        have = self._output.has(frame.choice)
+        where = f"choice {frame.choice} of request {frame.request_id}"
         return OutputGone(
-            f"tokens {have} to {frame.index - 1} of choice {frame.choice} of request {self._request_id} are gone: "
-            f"the log keeps frames for {streams.RESPONSES.max_age_s:g} s and not over a restart of the broker",
+            f"tokens {have} to {frame.index - 1} of {where} are gone: {_KEPT}",
             field="from_token",
             size=have,
             limit=frame.index,

@@ -1,9 +1,10 @@
-"""`request`, `workers` and `streams`: ask a model, and look at who is there and what waits."""
+"""`request`, `resume`, `workers` and `streams`: ask a model, read on, and look at who is there and what waits."""
 
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any, Final
 
@@ -14,9 +15,9 @@ from pipeline.client import Client
 from pipeline.errors import BrokerRefused, ConfigError
 from pipeline.presence import Presence
 from pipeline.screen import Answer, err, out, table
-from subjects import streams
+from subjects import names, streams
 from subjects.codec import Format, encode
-from subjects.messages import Request
+from subjects.messages import Frame, Request
 
 HEARD_S: Final = 1.3
 """Long enough to hear one heartbeat of everyone."""
@@ -24,18 +25,27 @@ CONNECT_S_MAX: Final = 3.0
 """A command that only looks does not wait longer for a broker."""
 
 
-async def ask(url: str, model: str | None, fields: dict[str, Any], *, as_frames: bool) -> int:
+async def ask(
+    url: str, model: str | None, fields: dict[str, Any], *, client: str | None = None, as_frames: bool
+) -> int:
     """Send one request and print its answer; the exit code. Raises SetupError or Transient with a sentence."""
     rest = dict(fields)
-    of_file = rest.pop("model", None)
+    of_file, client_of_file = rest.pop("model", None), rest.pop("client", None)
     named = model or of_file or await _only_model(url)
-    async with Client.connect(url) as client:
-        answer = await stream_answer(client, named, rest, as_frames=as_frames)
-    for failure in answer.failures:
-        print(f"sglang-nats: {failure.code}: {failure.message}", file=sys.stderr)
-    if answer.tokens:
-        err.print(answer.timing(), style="dim")
-    return 1 if answer.failures else 0
+    async with Client.connect(url, client=client or client_of_file) as asking:
+        answer = await stream_answer(asking, named, rest, as_frames=as_frames)
+    return _told(answer)
+
+
+async def resume(
+    url: str, request_id: str, *, client: str | None, from_token: int, choices: int, deadline_s: float, as_frames: bool
+) -> int:
+    """Print the rest of a request's answer; the exit code. Raises PipelineError with a sentence, e.g. OutputGone."""
+    whose = client or await _only_asker(url, request_id)
+    async with Client.connect(url, client=whose) as reading:
+        frames = reading.resume(request_id, from_token=from_token, choices=choices, deadline=time.time() + deadline_s)
+        answer = await _printed(frames, choices, as_frames=as_frames)
+    return _told(answer)
 
 
 async def stream_answer(client: Client, model: str, fields: dict[str, Any], *, as_frames: bool = False) -> Answer:
@@ -47,19 +57,48 @@ async def stream_answer(client: Client, model: str, fields: dict[str, Any], *, a
         choices = msgspec.convert(fields, Request).n
     except msgspec.ValidationError as error:
         raise ConfigError(f"this is no request: {error}", field="json") from None
+    frames = client.generate(model=model, on_duplicate=_say_duplicate, **fields)
+    return await _printed(frames, choices, as_frames=as_frames)
+
+
+async def _printed(frames: AsyncGenerator[Frame], choices: int, *, as_frames: bool) -> Answer:
     answer = Answer()
-    texts = [""] * choices
-    async with aclosing(client.generate(model=model, **fields)) as frames:
+    texts = dict.fromkeys(range(choices), "")
+    async with aclosing(frames):
         async for frame in frames:
             text = answer.add(frame)
-            texts[frame.choice] += text
+            texts[frame.choice] = texts.get(frame.choice, "") + text
             if as_frames:
                 print(encode(frame, Format.JSON).decode(), flush=True)
-            elif choices == 1:
+            elif len(texts) == 1:
                 print(text, end="", flush=True)
     if not as_frames and answer.tokens:
-        print("" if choices == 1 else "\n".join(f"[{index}] {text}" for index, text in enumerate(texts)))
+        print("" if len(texts) == 1 else "\n".join(f"[{index}] {text}" for index, text in sorted(texts.items())))
     return answer
+
+
+def _told(answer: Answer) -> int:
+    """Say how an answer ended, on standard error; the exit code."""
+    for failure in answer.failures:
+        print(f"sglang-nats: {failure.code}: {failure.message}", file=sys.stderr)
+    if answer.tokens:
+        err.print(answer.timing(), style="dim")
+    return 1 if answer.failures else 0
+
+
+def _say_duplicate(request_id: str) -> None:
+    err.print(f"request {request_id} was accepted before: it does not run again, this is its answer", style="dim")
+
+
+async def _only_asker(url: str, request_id: str) -> str:
+    """The client that a request's answer goes to. Raises ConfigError where there are none or several."""
+    async with _looking(url) as (bus, _):
+        found = await bus.subjects_state(streams.RESPONSES.name, names.RESPONSES.any(request_id=request_id))
+    whose = sorted(parts["client"] for subject in found if (parts := names.RESPONSES.parse(subject)))
+    if len(whose) == 1:
+        return whose[0]
+    why = f"there are answers to {', '.join(whose)}" if whose else "the log has nothing of it"
+    raise ConfigError(f"say whose request {request_id} is with --client NAME: {why}", field="client")
 
 
 async def _only_model(url: str) -> str:

@@ -6,7 +6,19 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("up", "demo", "request", "workers", "streams", "subjects", "preprocess", "decode", "telemetry")
+COMMANDS = (
+    "up",
+    "demo",
+    "request",
+    "resume",
+    "batch",
+    "workers",
+    "streams",
+    "subjects",
+    "preprocess",
+    "decode",
+    "telemetry",
+)
 HEAVY = {"nats", "aiohttp", "uvloop", "torch", "transformers", "tokenizers", "sglang", "prometheus_client", "structlog"}
 DEADLINE_S = 60
 
@@ -51,6 +63,8 @@ def test_the_command_line_is_light() -> None:
         (("request", "--json", "/nowhere.json"), "cannot read /nowhere.json: No such file or directory"),
         (("request",), "give a prompt, or a request with --json FILE"),
         (("request", "hi", "--nats", "nats://127.0.0.1:1"), "nats://127.0.0.1:1"),
+        (("batch", "/nowhere.jsonl"), "cannot read /nowhere.jsonl: No such file or directory"),
+        (("resume", "a.b", "--client", "me", "--nats", "nats://127.0.0.1:1"), "nats://127.0.0.1:1"),
         (("decode", "--engine", "vllm"), "Invalid enum value 'vllm'"),
         (("decode", "--simulated", "ttft_ms"), "--simulated takes NAME=VALUE, not 'ttft_ms'"),
         (("decode", "--simulated", "itl=1"), "there is no setting 'itl'"),

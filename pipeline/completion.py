@@ -1,0 +1,105 @@
+"""OpenAI's answer body, whole, from the frames of a request: `chat.completion` or `text_completion`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.progress import Progress
+from subjects.messages import Failure, Frame, PositionLogprobs, TokenLogprob, Usage
+
+
+@dataclass
+class Completion:
+    """Collects a request's frames, in any order of their choices."""
+
+    request_id: str
+    model: str
+    chat: bool
+    choices: int = 1
+    _progress: dict[int, Progress] = field(default_factory=dict)
+    _logprobs: dict[int, list[PositionLogprobs]] = field(default_factory=dict)
+
+    def add(self, frame: Frame) -> None:
+        """Take a frame in; one that brings nothing new changes nothing."""
+        if self._progress.setdefault(frame.choice, Progress()).add(frame):
+            self._logprobs.setdefault(frame.choice, []).extend(frame.logprobs or ())
+
+    @property
+    def whole(self) -> bool:
+        """Whether every choice has ended."""
+        return all(choice in self._progress and self._progress[choice].end for choice in range(self.choices))
+
+    @property
+    def failure(self) -> Failure | None:
+        """Why the first choice that failed did so."""
+        ends = (self._progress[choice].end for choice in sorted(self._progress))
+        return next((end.error for end in ends if end and end.error), None)
+
+    def usage(self) -> Usage:
+        """Of all choices together: the prompt counts once."""
+        parts = [progress.end.usage for progress in self._progress.values() if progress.end and progress.end.usage]
+        return Usage(
+            prompt_tokens=max((part.prompt_tokens for part in parts), default=0),
+            completion_tokens=sum(part.completion_tokens for part in parts),
+            cached_tokens=max((part.cached_tokens for part in parts), default=0),
+        )
+
+    def body(self, created_unix_s: float) -> dict[str, Any]:
+        """The answer as OpenAI's API gives it. Needs every choice's end."""
+        usage = self.usage()
+        return {
+            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{self.request_id}",
+            "object": "chat.completion" if self.chat else "text_completion",
+            "created": int(created_unix_s),
+            "model": self.model,
+            "choices": [self._choice(choice) for choice in range(self.choices)],
+            "usage": {
+                "prompt_tokens": usage.prompt_tokens,
+                "completion_tokens": usage.completion_tokens,
+                "total_tokens": usage.total_tokens,
+                "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+            },
+        }
+
+    def _choice(self, choice: int) -> dict[str, Any]:
+        progress = self._progress[choice]
+        assert progress.end is not None, "asked for before its end"
+        positions = self._logprobs[choice]
+        if self.chat:
+            answer = {"message": {"role": "assistant", "content": progress.text}}
+            logprobs = {"content": [_chat_position(position) for position in positions]}
+        else:
+            answer = {"text": progress.text}
+            logprobs = _text_positions(positions)
+        return {
+            "index": choice,
+            **answer,
+            "logprobs": logprobs if positions else None,
+            "finish_reason": progress.end.finish_reason,
+        }
+
+
+def error_body(failure: Failure) -> dict[str, Any]:
+    """An error as OpenAI's API gives it."""
+    kind = "invalid_request_error" if failure.status < 500 else "server_error"
+    return {"error": {"message": failure.message, "type": kind, "param": failure.field, "code": failure.code}}
+
+
+def _chat_position(position: PositionLogprobs) -> dict[str, Any]:
+    return _chat_token(position.chosen) | {"top_logprobs": [_chat_token(token) for token in position.top]}
+
+
+def _chat_token(token: TokenLogprob) -> dict[str, Any]:
+    text = _text(token)
+    return {"token": text, "logprob": token.logprob, "bytes": list(text.encode())}
+
+
+def _text_positions(positions: list[PositionLogprobs]) -> dict[str, Any]:
+    return {
+        "tokens": [_text(position.chosen) for position in positions],
+        "token_logprobs": [position.chosen.logprob for position in positions],
+        "top_logprobs": [{_text(token): token.logprob for token in position.top} for position in positions],
+    }
+
+
+def _text(token: TokenLogprob) -> str:
+    return token.text if token.text is not None else f"token_id:{token.token_id}"
