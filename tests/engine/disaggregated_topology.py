@@ -20,7 +20,7 @@ from pipeline.client import Client
 from pipeline.config import BUILTIN_MODEL, TopologySettings, load_topology
 from pipeline.engine.sglang.handshake import Address, BootstrapLine, describe
 from pipeline.engine.sglang.handshake.wire import Operation
-from pipeline.errors import NoResponders
+from pipeline.errors import BusUnavailable
 from pipeline.local import Child, LocalTopology, running
 from pipeline.models import prepare_model
 from subjects import names, streams
@@ -92,20 +92,25 @@ class Disaggregated:
         subject = Address(worker, beat.incarnation).subject(Operation.ROOMS, "all")
         try:
             answer = await self.bus.request(subject, b"", timeout_s=2.0)
-        except NoResponders:
+        except BusUnavailable:
             return None
         return json.loads(answer.payload)
+
+    async def held(self, child: Child) -> list[str]:
+        """What a worker still has of any request, by its engine's own accounts, in words."""
+        beat, rooms = self.beats[child.name], await self.rooms(child.name)
+        found = []
+        if beat.load.kv_tokens_used or beat.load.running or beat.load.waiting or beat.in_flight:
+            found.append(f"{child.name}: {beat.load}, {beat.in_flight} tasks")
+        if rooms is None or any(rooms.values()):
+            found.append(f"{child.name} rooms: {rooms}")
+        return found
 
     async def leftovers(self) -> list[str]:
         """Everything that a request can leave behind, in words: rooms, pages, queued tasks, leases."""
         found = []
         for child in (*self.children("prefill"), *self.children("decode")):
-            load = self.beats[child.name].load
-            if load.kv_tokens_used or load.running or load.waiting or self.beats[child.name].in_flight:
-                found.append(f"{child.name}: {load}, {self.beats[child.name].in_flight} tasks")
-            rooms = await self.rooms(child.name)
-            if rooms is None or any(rooms.values()):
-                found.append(f"{child.name} rooms: {rooms}")
+            found += await self.held(child)
         for stream in (streams.REQUESTS, streams.WORK):
             if messages := (await self.bus.stream_state(stream.name)).messages:
                 found.append(f"{stream.name}: {messages} messages")

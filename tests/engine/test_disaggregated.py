@@ -40,6 +40,7 @@ CANCELLED = 40
 CANCELLED_FULL = 200
 CANCELLED_AT_ONCE = 8
 SEED = 20
+END_S_MAX = 120.0
 COMPUTING_S_MAX = 1.5  # of a prompt of this test
 POINTS = ("accepted", "offered", "claimed", "computing", "paged", "written", "decoding")
 """Where requests are cancelled: before and after prefill has the task, in its queue or forward pass, when decode has
@@ -179,17 +180,25 @@ class Cancelling:
         tokens = self._draw.randint(1, 20)
         async with gate:
             cancelling = asyncio.create_task(self._cancel(request_id, point, wait_s))
-            last, seen = Frame(request_id=request_id), 0
-            async with asyncio.timeout(120):
-                async for frame in self._topology.client.generate(
-                    model=MODEL, prompt=tuple(prompt), max_tokens=24, ignore_eos=True, request_id=request_id
-                ):
-                    last, seen = frame, seen + len(frame.token_ids)
-                    if seen >= tokens:
-                        self._moments.at(request_id, "decoding").set()
-            self.ends[point].append(last.finish_reason or "none")
+            try:
+                async with asyncio.timeout(END_S_MAX):
+                    self.ends[point].append(await self._end(request_id, prompt, tokens))
+            except TimeoutError:
+                left = await self._topology.leftovers()
+                pytest.fail(f"{request_id}, cancelled when {point}, has no end after {END_S_MAX:g} s; left: {left}")
             cancelling.cancel()
             await asyncio.wait({cancelling})
+
+    async def _end(self, request_id: str, prompt: list[int], tokens: int) -> str:
+        """Read an answer to its end; after `tokens` tokens it is decoding."""
+        last, seen = Frame(request_id=request_id), 0
+        async for frame in self._topology.client.generate(
+            model=MODEL, prompt=tuple(prompt), max_tokens=24, ignore_eos=True, request_id=request_id
+        ):
+            last, seen = frame, seen + len(frame.token_ids)
+            if seen >= tokens:
+                self._moments.at(request_id, "decoding").set()
+        return last.finish_reason or "none"
 
     async def _cancel(self, request_id: str, point: str, wait_s: float) -> None:
         if point != "accepted":

@@ -8,9 +8,13 @@ come before that is in `pipeline.engine.sglang.cpu_platform.prepare`, called fro
 import os
 import sys
 
+import structlog
+
 from pipeline.engine.sglang import cpu_platform
 from pipeline.engine.sglang.handshake import from_environment, install
 from pipeline.errors import EngineStartError
+
+log = structlog.get_logger()
 
 
 def register() -> None:
@@ -20,6 +24,13 @@ def register() -> None:
         if (handshake := from_environment()) is not None:
             install(handshake)
     except EngineStartError as error:
-        # SGLang would log what a plugin raises and go on without it.
-        print(f"sglang-nats: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
+        _end(str(error))
+    except Exception:  # the outermost guard: SGLang would log it and go on, with its own HTTP and ZMQ handshake
+        log.exception("plugin_failed")
+        _end("the SGLang plugin failed; see above")
+
+
+def _end(reason: str) -> None:
+    """End this process, as SGLang goes on without a plugin that raises."""
+    print(f"sglang-nats: {reason}", file=sys.stderr, flush=True)
+    os._exit(1)

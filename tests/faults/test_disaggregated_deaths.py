@@ -1,0 +1,193 @@
+"""kill -9 of real engines in the middle of a request: the client sees a pause, and nobody keeps rooms or pages."""
+
+import asyncio
+import statistics
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import pytest
+import pytest_asyncio
+from disaggregated_topology import (
+    ANSWER_S_MAX,
+    FLOAT32,
+    MODEL,
+    READY_S_MAX,
+    Disaggregated,
+    kill,
+    prompts,
+    scheduler,
+    started,
+    topology,
+    until,
+)
+
+from pipeline.local import Child
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400), pytest.mark.asyncio(loop_scope="module")]
+
+PROMPT_TOKENS = 200
+MAX_TOKENS = 8
+ADDED_S_MAX = 1.5
+SHARE_DONE = 0.3
+"""How much of a prompt is computed when its worker is killed; that much is computed twice."""
+FIRST_LENGTH = 150
+KILLS = 2
+KILLS_FULL = 10
+
+
+@dataclass(frozen=True)
+class Death:
+    """One killed prefill worker. Times in seconds."""
+
+    how: str
+    after_s: float  # from the claim to the kill
+    unclaimed_s: float  # from the kill until another worker has claimed the prompt
+    ttft_s: float
+
+    def row(self, usual_s: float) -> str:
+        return (
+            f"| {self.how:<13} | {self.after_s:.2f} | {self.unclaimed_s:.2f} | {self.ttft_s:.2f} "
+            f"| {self.ttft_s - usual_s:+.2f} |"
+        )
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def two_prefill(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Disaggregated]:
+    async with started(topology(2, 1, **FLOAT32), tmp_path_factory.mktemp("two-prefill")) as running:
+        yield running
+
+
+async def timed(running: Disaggregated, prompt: list[int]) -> tuple[float, int]:
+    """Seconds to the first token, and how many tokens came."""
+    began_s, first_s, count = time.monotonic(), 0.0, 0
+    async with asyncio.timeout(ANSWER_S_MAX):
+        async for frame in running.client.generate(
+            model=MODEL, prompt=tuple(prompt), max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True
+        ):
+            assert frame.error is None, frame.error
+            if frame.token_ids and not first_s:
+                first_s = time.monotonic() - began_s
+            count += len(frame.token_ids)
+    return first_s, count
+
+
+def forget_claims(running: Disaggregated) -> None:
+    while not running.claims.empty():
+        running.claims.get_nowait()
+
+
+async def until_restarted(running: Disaggregated, child: Child, restarts: int) -> None:
+    async def again() -> bool:
+        return child.restarts > restarts
+
+    await until(again, READY_S_MAX)
+    await running.until_ready()
+
+
+async def die_in_prefill(
+    running: Disaggregated, prompt: list[int], usual_s: float, how: str, strike: Callable[[Child], None]
+) -> Death:
+    """Kill the worker that has claimed the prompt, in the middle of it; it is up again at the end."""
+    forget_claims(running)
+    answer = asyncio.create_task(timed(running, prompt))
+    claimed_s, claim = await asyncio.wait_for(running.claims.get(), ANSWER_S_MAX)
+    await asyncio.sleep(SHARE_DONE * usual_s)  # no wait for anything: into the forward pass
+    (victim,) = [child for child in running.children("prefill") if child.name == claim.worker]
+    restarts, struck_s = victim.restarts, time.monotonic()
+    strike(victim)
+    again_s, second = await asyncio.wait_for(running.claims.get(), ANSWER_S_MAX)
+    assert second.room != claim.room and second.worker != claim.worker
+    ttft_s, count = await answer
+    assert count == MAX_TOKENS
+    await until_restarted(running, victim, restarts)
+    return Death(how, struck_s - claimed_s, again_s - struck_s, ttft_s)
+
+
+async def deaths_in_prefill(
+    running: Disaggregated, count: int, first_length: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strikes = (("whole worker", kill), ("its scheduler", lambda child: scheduler(child).kill()))
+    asked = prompts(range(first_length, first_length + count + 3))
+    usual_s = statistics.median([(await timed(running, prompt))[0] for prompt in asked[:3]])
+    deaths = [
+        await die_in_prefill(running, prompt, usual_s, *strikes[number % 2]) for number, prompt in enumerate(asked[3:])
+    ]
+    await running.until_quiet()
+    added_s = statistics.median(death.ttft_s - usual_s for death in deaths)
+    with capsys.disabled():
+        print(f"\nprompts of {first_length} tokens, undisturbed TTFT {usual_s:.2f} s; median added {added_s:.2f} s")
+        print("| killed | s after claim | s until claimed again | TTFT s | added s |\n|---|---|---|---|---|")
+        print("\n".join(death.row(usual_s) for death in deaths))
+    assert added_s < ADDED_S_MAX
+
+
+async def test_a_killed_prefill_worker_costs_a_pause(
+    two_prefill: Disaggregated, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await deaths_in_prefill(two_prefill, KILLS, FIRST_LENGTH, capsys)
+
+
+async def test_with_no_prefill_worker_up_a_request_waits_for_one(two_prefill: Disaggregated) -> None:
+    """The one in mid-prefill, and one that was sent when nobody was there."""
+    first, second = prompts([PROMPT_TOKENS + 50, 40])
+    forget_claims(two_prefill)
+    restarts = [(child, child.restarts) for child in two_prefill.children("prefill")]
+    in_prefill = asyncio.create_task(timed(two_prefill, first))
+    await asyncio.wait_for(two_prefill.claims.get(), ANSWER_S_MAX)
+    for child, _ in restarts:
+        kill(child)
+    assert two_prefill.claims.empty()
+    queued = asyncio.create_task(timed(two_prefill, second))
+    assert [count for _, count in await asyncio.gather(in_prefill, queued)] == [MAX_TOKENS, MAX_TOKENS]
+    assert any(child.restarts > before for child, before in restarts)
+    for child, before in restarts:
+        await until_restarted(two_prefill, child, before)
+    await two_prefill.until_quiet()
+
+
+async def decode_dies(running: Disaggregated) -> None:
+    """kill -9 of decode with one request in its stream and one in prefill: both answers come whole."""
+    streamed, computed = prompts([30, PROMPT_TOKENS + 60])
+    wanted = [await running.ask(prompt, 24, ignore_eos=True) for prompt in (streamed, computed)]
+    tokens: list[int] = []
+    flowing = asyncio.Event()
+
+    async def stream() -> None:
+        asked = {"prompt": tuple(streamed), "max_tokens": 24, "temperature": 0.0, "ignore_eos": True}
+        async for frame in running.client.generate(model=MODEL, **asked):
+            assert frame.error is None, frame.error
+            tokens.extend(frame.token_ids.tolist())
+            owner.append(frame.worker) if frame.worker else None
+            if len(tokens) >= 3:
+                flowing.set()
+
+    owner: list[str] = []
+    streaming = asyncio.create_task(stream())
+    await asyncio.wait_for(flowing.wait(), ANSWER_S_MAX)
+    forget_claims(running)
+    computing = asyncio.create_task(running.ask(computed, 24, ignore_eos=True))
+    await asyncio.wait_for(running.claims.get(), ANSWER_S_MAX)
+    (victim,) = [child for child in running.children("decode") if child.name == owner[0]]
+    restarts = victim.restarts
+    kill(victim)
+    killed_s = time.monotonic()
+
+    async def prefill_is_free() -> bool:
+        return not [line for child in running.children("prefill") for line in await running.held(child)]
+
+    await asyncio.gather(streaming, computing)
+    assert [tokens, computing.result()] == wanted
+    await until_restarted(running, victim, restarts)
+    await until(prefill_is_free, 30)
+    print(f"both answers were whole {time.monotonic() - killed_s:.1f} s after the kill")
+    await running.until_quiet()
+
+
+async def test_a_killed_decode_worker_leaves_nothing_in_prefill(two_prefill: Disaggregated) -> None:
+    await decode_dies(two_prefill)
+
+
+@pytest.mark.full
+async def test_ten_killed_prefill_workers(two_prefill: Disaggregated, capsys: pytest.CaptureFixture[str]) -> None:
+    await deaths_in_prefill(two_prefill, KILLS_FULL, PROMPT_TOKENS, capsys)
