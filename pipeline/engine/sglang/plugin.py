@@ -5,16 +5,15 @@ the scheduler is made, and then applies the hooks that were registered. By then 
 come before that is in `pipeline.engine.sglang.cpu_platform.prepare`, called from elsewhere.
 """
 
+import logging
 import os
 import sys
-
-import structlog
 
 from pipeline.engine.sglang import cpu_platform
 from pipeline.engine.sglang.handshake import from_environment, install
 from pipeline.errors import EngineStartError
 
-log = structlog.get_logger()
+logger = logging.getLogger(__name__)
 
 
 def register() -> None:
@@ -26,7 +25,7 @@ def register() -> None:
     except EngineStartError as error:
         _end(str(error))
     except Exception:  # the outermost guard: SGLang would log it and go on, with its own HTTP and ZMQ handshake
-        log.exception("plugin_failed")
+        logger.exception("the SGLang plugin failed")
         _end("the SGLang plugin failed; see above")
 
 
