@@ -20,9 +20,12 @@ from typing import Any, Final
 
 import uvloop
 
+from pipeline.bus import Bus, Received
 from pipeline.client import Client
 from pipeline.config import GroupSettings, TopologySettings
+from pipeline.engine.sglang.handshake import BootstrapLine, describe
 from pipeline.local import LocalTopology, running
+from subjects import names
 
 ENGINE: Final = {
     "attention_backend": "triton",
@@ -40,7 +43,9 @@ CHECKED_PROMPTS: Final = 20
 CHECKED_TOKENS: Final = 32
 PROMPT_TOKENS: Final = 512
 NEW_TOKENS: Final = 128
-AT_ONCE: Final = (1, 16, 64)
+AT_ONCE: Final = (1, 16, 64, 256)
+LENGTHS: Final = (512, 4_096, 16_384, 32_768)
+TRANSFERS: Final = 5
 SEED: Final = 7
 
 
@@ -120,6 +125,42 @@ async def load(client: Client, at_once: int, seed: int) -> dict[str, Any]:
     }
 
 
+async def transfers(client: Client, url: str) -> list[dict[str, Any]]:
+    """For prompts of several lengths, one at a time: KV bytes, the time that writing them took, and its share of TTFT."""
+    bus = await Bus.connect(url, name="transfers")
+    written: asyncio.Queue[BootstrapLine] = asyncio.Queue()
+
+    def hear(received: Received) -> None:
+        line = describe(received)
+        if line and line.operation == "status success":
+            written.put_nowait(line)
+
+    await bus.subscribe(names.BOOTSTRAP.any(), hear)
+    await bus.flush()
+    rows = []
+    for tokens in LENGTHS:
+        samples = []
+        for prompt in prompts(TRANSFERS + 1, tokens, seed=tokens):
+            answer = await ask(client, prompt, 4)
+            line = await asyncio.wait_for(written.get(), 10)
+            samples.append((answer["ttft_ms"], line.kv_bytes, line.microseconds))
+        ttft_ms = statistics.median(sample[0] for sample in samples[1:])  # the first of a length may compile
+        write_ms = statistics.median(sample[2] for sample in samples[1:]) / 1e3
+        kv_bytes = samples[-1][1]
+        rows.append(
+            {
+                "prompt_tokens": tokens,
+                "ttft_ms_p50": ttft_ms,
+                "kv_mb": round(kv_bytes / 1e6, 1),
+                "write_ms_p50": round(write_ms, 2),
+                "gb_per_s": round(kv_bytes / 1e6 / write_ms, 1),
+                "share_of_ttft": round(write_ms / ttft_ms, 3),
+            }
+        )
+    await bus.close()
+    return rows
+
+
 async def killed(client: Client, local: LocalTopology, role: str) -> dict[str, Any]:
     """Kill -9 a role's only worker with 16 requests in flight; the supervisor starts it again."""
     work = [asyncio.create_task(ask(client, prompt, NEW_TOKENS)) for prompt in prompts(16, PROMPT_TOKENS, 99)]
@@ -153,6 +194,8 @@ async def measure(folder: Path, wanted: list[list[int]], *, disaggregated: bool,
                 equal = sum(answer["tokens"] == want for answer, want in zip(got, wanted, strict=True))
                 result["equal_to_engine_generate"] = f"{equal} of {len(wanted)}"
                 result["load"] = [await load(client, at_once, 1000 + at_once) for at_once in AT_ONCE]
+                if disaggregated:
+                    result["transfers"] = await transfers(client, local.url)
                 if kill:
                     roles = ("prefill", "decode") if disaggregated else ("decode",)
                     result["killed"] = [await killed(client, local, role) for role in roles]
