@@ -126,7 +126,7 @@ async def load(client: Client, at_once: int, seed: int) -> dict[str, Any]:
 
 
 async def transfers(client: Client, url: str) -> list[dict[str, Any]]:
-    """For prompts of several lengths, one at a time: KV bytes, the time that writing them took, and its share of TTFT."""
+    """For prompts of several lengths, one at a time: KV bytes, how long writing them took, and its share of TTFT."""
     bus = await Bus.connect(url, name="transfers")
     written: asyncio.Queue[BootstrapLine] = asyncio.Queue()
 
