@@ -7,7 +7,7 @@ import structlog
 
 from pipeline.engine.disaggregated import Claims
 from pipeline.engine.protocol import Engine, EngineRequest
-from pipeline.errors import NoResponders, Permanent, PipelineError
+from pipeline.errors import BusUnavailable, NoResponders, Permanent, PipelineError
 from pipeline.stage import ACCEPTED, Emit, Task, stage
 from pipeline.worker import Worker
 from subjects import names, streams
@@ -36,6 +36,10 @@ async def prefill(task: Task[PrefillTask], engine: Engine, claims: Claims) -> As
     except NoResponders:
         log.info("owner_gone", room=work.room, request_id=work.request_id, worker=work.owner)
         return
+    except BusUnavailable as error:  # the owner may have granted it, and then waits for this worker alone
+        for emit in answer(task, error):
+            yield emit
+        raise
     if room is None:
         return
     yield ACCEPTED

@@ -7,6 +7,7 @@ granted claim starts the engine on the request: SGLang must know the prefill wor
 
 import asyncio
 import secrets
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -17,13 +18,17 @@ import structlog
 
 from pipeline.bus import Bus, Received
 from pipeline.engine.protocol import Engine, EngineInfo, EngineOutput, EngineRequest, Room
-from pipeline.errors import PipelineError, PrefillLost, from_failure
+from pipeline.errors import BusUnavailable, NoResponders, PipelineError, PrefillLost, from_failure
 from subjects import names
 from subjects.codec import decode, encode
 from subjects.messages import Claim, Grant, Load, PrefillTask, Refusal
 
 OFFERS_MAX: Final = 4
 """A prompt whose prefill worker was lost this often goes back to the queue of decode tasks."""
+CLAIMS_MAX: Final = 3
+"""So often a prefill worker asks an owner that does not answer."""
+GRANTED_MAX: Final = 4096
+"""Rooms that a prefill worker remembers, for a task that comes again."""
 ROOM_BITS: Final = 63
 
 log = structlog.get_logger()
@@ -109,11 +114,12 @@ class DisaggregatedEngine:
         offer = self._offers.get(claim.room)
         if offer is None:
             grant = Grant(granted=False, reason="nobody waits for this room")
-        elif offer.claim.done():
+        elif offer.claim.done() and offer.claim.result() != claim:
             grant = Grant(granted=False, reason=f"{offer.claim.result().worker} has this room")
-        else:
+        else:  # again to the worker that has it: the first answer was lost
             grant = Grant(granted=True)
-            offer.claim.set_result(claim)
+            if not offer.claim.done():
+                offer.claim.set_result(claim)
         self._bus.spawn(self._bus.respond(received, encode(grant)))
 
     def _hear_refusal(self, received: Received) -> None:
@@ -152,6 +158,7 @@ class Claims:
 
     def __init__(self, bus: Bus, worker: str, incarnation: str) -> None:
         self._bus, self._worker, self._incarnation = bus, worker, incarnation
+        self._granted: deque[int] = deque(maxlen=GRANTED_MAX)
 
     @property
     def worker(self) -> str:
@@ -159,8 +166,10 @@ class Claims:
 
     async def claim(self, task: PrefillTask) -> Room | None:
         """The room, if its owner still waits for it. Raises BusUnavailable where the owner does not answer."""
+        if task.room in self._granted:  # its ack was lost, and the task came again
+            return None
         claim = Claim(room=task.room, worker=self._worker, incarnation=self._incarnation)
-        answer = await self._bus.request(names.CLAIM.of(worker=task.owner), encode(claim))
+        answer = await self._ask(names.CLAIM.of(worker=task.owner), encode(claim))
         try:
             grant = decode(Grant, answer.payload)
         except msgspec.DecodeError as error:
@@ -168,4 +177,16 @@ class Claims:
         if not grant.granted:
             log.info("claim_denied", room=task.room, request_id=task.request_id, reason=grant.reason)
             return None
+        self._granted.append(task.room)
         return Room(number=task.room, prefill_worker=self._worker, prefill_incarnation=self._incarnation)
+
+    async def _ask(self, subject: str, claim: bytes) -> Received:
+        """Ask again where no answer came: it may be lost, and then the owner waits for this worker alone."""
+        for _ in range(CLAIMS_MAX - 1):
+            try:
+                return await self._bus.request(subject, claim)
+            except NoResponders:
+                raise
+            except BusUnavailable as error:
+                log.info("claim_unanswered", subject=subject, reason=str(error))
+        return await self._bus.request(subject, claim)
