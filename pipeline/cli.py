@@ -35,6 +35,7 @@ app = typer.Typer(
 )
 LOCAL: Final = "On this machine"
 ASK: Final = "Ask and look"
+RUN: Final = "Run the pipeline"
 WORKERS: Final = "One worker in the foreground"
 
 TopologyArgument = Annotated[
@@ -306,6 +307,71 @@ def subjects(
         to.write_text(page)
     elif not to.is_file() or to.read_text() != page:
         raise ConfigError(f"{to} is not what the code declares: run `just subjects`", field="out")
+
+
+# --- run the pipeline -------------------------------------------------------------------------------
+
+dead_letters = typer.Typer(help="Work that was given up: look at it, try it again, or drop it.", no_args_is_help=True)
+app.add_typer(dead_letters, name="dead", rich_help_panel=RUN)
+LettersArgument = Annotated[list[int], typer.Argument(metavar="LETTER...", help="Numbers from `dead list`.")]
+
+
+@app.command(rich_help_panel=RUN)
+def cancel(
+    request_id: Annotated[str, typer.Argument(help="The request's id.")],
+    reason: Annotated[str, typer.Option(help="What its client is told.")] = "cancelled by an operator",
+    nats: NatsOption = None,
+) -> None:
+    """End a request, wherever it is: one that still waits ends when a worker takes it."""
+    from pipeline import control
+
+    raise typer.Exit(_run(control.cancel(nats or config.nats_url(), request_id, reason)))
+
+
+@app.command(rich_help_panel=RUN)
+def drain(worker: Annotated[str, typer.Argument(help="Its name, as in `workers`.")], nats: NatsOption = None) -> None:
+    """Have a worker take no more work, finish what it has or hand it over, and end."""
+    from pipeline import control
+
+    raise typer.Exit(_run(control.drain(nats or config.nats_url(), worker)))
+
+
+@dead_letters.command("list")
+def dead_list(nats: NatsOption = None) -> None:
+    """Every letter: when it died, where, of what."""
+    from pipeline import dead
+
+    raise typer.Exit(_run(dead.show_all(nats or config.nats_url())))
+
+
+@dead_letters.command("show")
+def dead_show(
+    letter: Annotated[int, typer.Argument(help="A number from `dead list`.")], nats: NatsOption = None
+) -> None:
+    """One letter with its payload, which may be somebody's prompt, as JSON."""
+    from pipeline import dead
+
+    raise typer.Exit(_run(dead.show(nats or config.nats_url(), letter)))
+
+
+@dead_letters.command("retry")
+def dead_retry(
+    letters: LettersArgument,
+    deadline_s: Annotated[float, typer.Option("--deadline", metavar="SECONDS", help="How long each may take.")] = 600.0,
+    nats: NatsOption = None,
+) -> None:
+    """Run a letter's work again, as a new request to the same client, and remove the letter."""
+    from pipeline import dead
+
+    raise typer.Exit(_run(dead.retry(nats or config.nats_url(), letters, deadline_s)))
+
+
+@dead_letters.command("drop")
+def dead_drop(letters: LettersArgument, nats: NatsOption = None) -> None:
+    """Remove letters for good."""
+    from pipeline import dead
+
+    raise typer.Exit(_run(dead.drop(nats or config.nats_url(), letters)))
 
 
 # --- one worker in the foreground -------------------------------------------------------------------

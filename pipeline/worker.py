@@ -16,21 +16,21 @@ import structlog
 import uvloop
 
 from pipeline import metrics
-from pipeline.bus import Bus
+from pipeline.bus import Bus, Received
 from pipeline.cancel import Cancellations
 from pipeline.config import WorkerSettings
 from pipeline.engine.build import build_engine
 from pipeline.engine.protocol import Engine, EngineInfo
-from pipeline.errors import ConfigError, EngineDied, PipelineError
+from pipeline.errors import ConfigError, EngineDied, InvalidRequest, PipelineError
 from pipeline.lease import LeaseKeeper
 from pipeline.presence import Announcer, Presence
 from pipeline.responses import StreamLog
 from pipeline.runner import Runner
 from pipeline.stage import Stage
 from subjects import names, streams
-from subjects.codec import encode
+from subjects.codec import Format, encode, format_of
 from subjects.limits import HEARTBEAT_S
-from subjects.messages import Heartbeat, Load, MetricsSnapshot, ModelCard
+from subjects.messages import ControlReply, Heartbeat, Load, MetricsSnapshot, ModelCard
 from subjects.streams import ConsumerSpec
 
 STAGES = "sglang_nats.stages"
@@ -73,6 +73,7 @@ class Worker:
             self.bus, settings.role, self.name, settings.model, self.incarnation, self._heartbeat
         )
         await self._announcer.start()
+        await self.bus.subscribe(names.CONTROL.any(worker=self.name), self._control)
         self._tasks.append(asyncio.create_task(self._report(), name="metrics"))
 
     @property
@@ -147,6 +148,25 @@ class Worker:
         """Take no more work; `run` returns when what is in flight is done or handed over."""
         self.ready = False
         self._draining.set()
+
+    def _control(self, received: Received) -> None:
+        """Obey an operator's command, and answer it in kind; one by hand, without a payload, in JSON."""
+        parts = names.CONTROL.parse(received.subject)
+        assert parts, received.subject
+        operation, error = parts["operation"], None
+        if operation == "drain":
+            log.info("drain_asked", worker=self.name)
+            self.drain()
+        elif operation != "ping":
+            error = InvalidRequest(f"operation: {operation!r} is not one of ping, drain", field="operation").failure()
+        result = {
+            "incarnation": self.incarnation,
+            "draining": self._draining.is_set(),
+            "in_flight": self._runner.in_flight if self._runner else 0,
+        }
+        form = format_of(received.payload) if received.payload else Format.JSON
+        reply = encode(ControlReply(ok=error is None, result=result, error=error), form)
+        self.bus.spawn(self.bus.respond(received, reply))
 
     async def close(self) -> None:
         """End everything that `open` and `start_engine` began. Each step is bounded."""

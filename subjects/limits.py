@@ -43,5 +43,7 @@ REQUEST_S_DEFAULT: Final = 600.0
 REQUEST_S_MAX: Final = 86_400.0
 """A deadline can be this far away at most, counted from the request's acceptance."""
 RESPONSES_KEPT_S: Final = 600.0
+CANCELS_KEPT_S: Final = 600.0
+"""A request that nobody holds can be cancelled so long before a worker takes it."""
 DEDUPE_S: Final = 600.0
 """JetStream's duplicate window: a terminal frame repeated within it is recognized."""

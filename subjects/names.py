@@ -120,10 +120,10 @@ RESPONSES: Final = Subject(
 )
 CANCEL: Final = Subject(
     "sglang.cancel.{request_id}",
-    Kind.CORE,
+    Kind.CAPTURED,
     "client -> whoever holds the request",
     "Cancel",
-    'Stop working on a request; its holder ends it with finish_reason "abort".',
+    'Stop working on a request; its holder ends it with finish_reason "abort". Kept for a worker that starts later.',
 )
 HEARTBEAT: Final = Subject(
     "sglang.heartbeat.{role}.{worker}",

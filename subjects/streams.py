@@ -98,6 +98,17 @@ FAILED: Final = StreamSpec(
     max_age_s=limits.FAILURES_KEPT_S,
     max_msgs_per_subject=2 * limits.FAILURES_MAX,
 )
+CANCELS: Final = StreamSpec(
+    name="CANCELS",
+    subjects=(names.CANCEL.any(),),
+    about="Cancellations, for workers that were not up to hear them.",
+    retention="limits",
+    storage="memory",
+    discard="old",
+    max_bytes=16 * MIB,
+    max_age_s=limits.CANCELS_KEPT_S,
+    max_msgs_per_subject=1,
+)
 DEAD: Final = StreamSpec(
     name="DEAD",
     subjects=(names.DEAD.any(),),
@@ -119,7 +130,7 @@ ADVISORIES: Final = StreamSpec(
     max_bytes=16 * MIB,
     max_age_s=7 * 86_400,
 )
-STREAMS: Final = (REQUESTS, WORK, RESPONSES, FAILED, DEAD, ADVISORIES)
+STREAMS: Final = (REQUESTS, WORK, RESPONSES, CANCELS, FAILED, DEAD, ADVISORIES)
 
 CARDS: Final = BucketSpec(
     name="SGLANG_CARDS",
