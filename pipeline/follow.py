@@ -26,10 +26,11 @@ GRACE_S: Final = 5.0
 SILENCE_S: Final = 10.0
 """Heard nothing for this long: what may have been missed is looked up."""
 LAG_S_MAX: Final = 2.0
-"""The log takes a frame in a moment after live readers had it; a gap that stays for longer is real."""
+"""The log takes a frame in a moment after live readers had it, and what an outage swallowed is sent again: a gap that
+stays for longer is real."""
 LAG_STEP_S: Final = 0.02
 READ_S_MAX: Final = 10.0
-_KEPT: Final = f"the log keeps frames for {streams.RESPONSES.max_age_s:g} s and not over a restart of the broker"
+_KEPT: Final = "the log has no older frames, or lost them"
 
 
 class Pause(Enum):
@@ -126,6 +127,7 @@ class Follower:
         """`is_held` tells whether a queue has the request still; where that cannot be told, it does."""
         self._bus, self._subject, self._live, self._output = bus, subject, live, output
         self._is_held, self._deadline_unix_s = is_held, deadline_unix_s
+        self._gap: Frame | None = None  # a frame of the log that something is missing before
 
     async def begin(self) -> AsyncIterator[Frame]:
         """What the log has. Raises OutputGone where it has nothing and no queue holds the request, BusUnavailable."""
@@ -137,12 +139,22 @@ class Follower:
 
     async def caught_up(self) -> AsyncIterator[Frame]:
         """What the log has that the reader has not. Raises OutputGone for a gap in it, BusUnavailable."""
+        async for new in self._logged():
+            yield new
+        if self._gap:
+            async for new in self._bridged(self._gap):
+                yield new
+
+    async def _logged(self) -> AsyncIterator[Frame]:
+        """As `caught_up`, but no frame behind a gap: what is missing may stand further on, sent again."""
+        gap = None
         async for stored in self._bus.read(streams.RESPONSES.name, self._subject, timeout_s=READ_S_MAX):
             frame = decode(Frame, stored.payload)
             if self._output.missing(frame):
-                raise self._gone(frame)
-            if new := self._output.add(frame):
+                gap = gap or frame
+            elif new := self._output.add(frame):
                 yield new
+        self._gap = gap if gap and self._output.missing(gap) else None
 
     async def to_the_end(self) -> AsyncIterator[Frame]:
         """Every new frame until each wanted choice has ended.
@@ -181,7 +193,7 @@ class Follower:
         """From the log, what is missing before a frame that was heard live. Raises OutputGone."""
         deadline_s = time.monotonic() + LAG_S_MAX
         while self._output.missing(frame):
-            async for new in self.caught_up():
+            async for new in self._logged():
                 yield new
             if self._output.missing(frame):
                 if time.monotonic() > deadline_s:

@@ -170,9 +170,20 @@ async def test_a_gap_in_what_is_heard_is_read_from_the_log(log: Bus, nats_server
 async def test_a_gap_that_the_log_has_too_is_an_error_that_names_the_tokens(log: Bus, nats_server):
     await say(log, "r", [7], 5, last=True)
     async with Client.connect(nats_server.url, client="me") as client:
-        with pytest.raises(OutputGone, match="tokens 0 to 4 of choice 0 of request r are gone: the log keeps"):
+        with pytest.raises(OutputGone, match="tokens 0 to 4 of choice 0 of request r are gone: the log has no older"):
             await rest(client, "r")
         assert await rest(client, "r", from_token=5) == ([7], text_of(7))
+
+
+async def test_frames_that_an_outage_swallowed_and_their_worker_sent_again_are_no_gap(log: Bus, nats_server):
+    tokens = wanted(8)
+    await say(log, "r", tokens[:2], 0)
+    await say(log, "r", tokens[4:6], 4)
+    for index in range(2, 6):
+        await say(log, "r", [tokens[index]], index)
+    await say(log, "r", tokens[6:], 6, last=True)
+    async with Client.connect(nats_server.url, client="me") as client:
+        assert (await rest(client, "r"))[0] == tokens
 
 
 async def test_a_request_that_nobody_knows_is_an_error_at_once(log: Bus, nats_server):
