@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 import msgspec
 
 from pipeline.errors import ConfigError
+from subjects.limits import RESPONSES_KEPT_S
 from subjects.names import is_token, token
 
 NATS_URL_DEFAULT: Final = "nats://127.0.0.1:4222"
@@ -31,6 +32,8 @@ NATS_URL_VARIABLE: Final = "NATS_URL"
 Count = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Milliseconds = Annotated[float, msgspec.Meta(ge=0, le=600_000)]
+Retention = Annotated[float, msgspec.Meta(ge=0, le=7 * 86_400)]
+"""How long frames can be read again, in seconds; 0: no longer than the pipeline needs them. Equal at every worker."""
 Slots = Annotated[int, msgspec.Meta(ge=0, le=65_536)]
 T = TypeVar("T")
 
@@ -67,6 +70,7 @@ class WorkerSettings(StageSettings, frozen=True, kw_only=True, forbid_unknown_fi
 
     worker: str  # unique name, a subject token
     nats: str = NATS_URL_DEFAULT
+    responses_kept_s: Retention = RESPONSES_KEPT_S
 
 
 class GroupSettings(StageSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -91,6 +95,7 @@ class TopologySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     model_path: str | None = None
     start_s_max: Annotated[float, msgspec.Meta(gt=0, le=7200)] = 600.0  # until every worker is ready
     nats: NatsSettings = NatsSettings()
+    responses_kept_s: Retention = RESPONSES_KEPT_S
     workers: Annotated[tuple[GroupSettings, ...], msgspec.Meta(min_length=1)]
 
     def model_paths(self) -> set[str]:
@@ -119,7 +124,7 @@ class TopologySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             shared["model_path"] = group.model_path or self.model_path
         elif group.role == "preprocess":
             shared["models"] = group.models or models
-        return WorkerSettings(worker=name, nats=url, **shared)
+        return WorkerSettings(worker=name, nats=url, responses_kept_s=self.responses_kept_s, **shared)
 
 
 ROLES_OF_ONE_MODEL: Final = frozenset({"decode", "prefill"})

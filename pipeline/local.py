@@ -124,7 +124,8 @@ class LocalTopology:
         if self._server:
             self._server.start()  # on this thread: the broker dies with the thread that started it
         self._bus = await Bus.connect(self.url, name="local")
-        await self._bus.provision(streams.STREAMS, streams.CONSUMERS, streams.BUCKETS)
+        kept = streams.with_retention(self._topology.responses_kept_s)
+        await self._bus.provision(kept, streams.CONSUMERS, streams.BUCKETS)
         self._presence = Presence(self._bus)
         await self._presence.start()
         for settings, environment in self._topology.settings(self.url):

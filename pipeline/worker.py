@@ -61,7 +61,8 @@ class Worker:
         """Connect, provision and begin to send heartbeats. Raises SetupError with a sentence."""
         settings = self.settings
         self.bus = await Bus.connect(settings.nats, name=self.name, timeout_s=CONNECT_S_MAX)
-        await self.bus.provision(streams.STREAMS, streams.CONSUMERS, streams.BUCKETS)
+        kept = streams.with_retention(settings.responses_kept_s)
+        await self.bus.provision(kept, streams.CONSUMERS, streams.BUCKETS)
         self.leases = LeaseKeeper(settings.nats, self.name)
         await self.leases.start()
         self.cancellations = Cancellations(self.bus)

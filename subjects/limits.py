@@ -43,6 +43,9 @@ REQUEST_S_DEFAULT: Final = 600.0
 REQUEST_S_MAX: Final = 86_400.0
 """A deadline can be this far away at most, counted from the request's acceptance."""
 RESPONSES_KEPT_S: Final = 600.0
+"""Frames can be read again for so long, where the setting `responses_kept_s` says nothing else."""
+RESPONSES_KEPT_S_MIN: Final = 2 * LEASE_S
+"""Without retention: the next owner of a running request needs its frames over a lease."""
 CANCELS_KEPT_S: Final = 600.0
 """A request that nobody holds can be cancelled so long before a worker takes it."""
 DEDUPE_S: Final = 600.0

@@ -1,7 +1,7 @@
 """Every JetStream stream, consumer and key-value bucket, as data."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from subjects import limits, names
@@ -148,6 +148,16 @@ BUCKETS: Final = (CARDS, ROUTES)
 
 PREPROCESS: Final = ConsumerSpec(name="preprocess", stream=REQUESTS.name, filter_subject=None)
 CONSUMERS: Final = (PREPROCESS,)
+
+
+def with_retention(responses_kept_s: float) -> tuple[StreamSpec, ...]:
+    """Every stream, with frames kept for so long; 0: no longer than the pipeline itself needs them.
+
+    The duplicate window cannot be longer: a second terminal frame is recognized for as long as the first is kept.
+    """
+    kept_s = max(responses_kept_s, limits.RESPONSES_KEPT_S_MIN)
+    responses = replace(RESPONSES, max_age_s=kept_s, duplicate_window_s=min(kept_s, limits.DEDUPE_S))
+    return tuple(responses if stream is RESPONSES else stream for stream in STREAMS)
 
 
 def decode_any(model: str) -> ConsumerSpec:
