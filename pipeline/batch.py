@@ -29,7 +29,7 @@ from rich.progress import (
 
 from pipeline.client import Client
 from pipeline.completion import Completion, error_body
-from pipeline.errors import ConfigError, OutputGone, Overloaded
+from pipeline.errors import BrokerRefused, ConfigError, OutputGone, Overloaded
 from pipeline.screen import PLAIN_S, err
 from subjects import limits
 from subjects.messages import Failure
@@ -228,7 +228,7 @@ class Run:
         """Take over what earlier runs left: answers in the log, and requests that wait or run."""
         missing = {item.request_id: item for item in self._missing()}
         self.count.before = self.count.done = len(self._items) - len(missing)
-        held = await self._client.held()  # before the log: a request moves from the queues to the log
+        held = await self._held()  # before the log: a request moves from the queues to the log
         logged: dict[str, Completion] = {}
         async for frame in self._client.stored():
             if item := missing.get(frame.request_id):
@@ -237,8 +237,16 @@ class Run:
                 if completion.whole:
                     self._settle(missing.pop(item.request_id), completion)
                     self.count.found += 1
-        self._accepted = ((held or set()) | logged.keys()) & missing.keys()
+        self._accepted = (held | logged.keys()) & missing.keys()
         self.count.attached = len(self._accepted)
+
+    async def _held(self) -> set[str]:
+        """What an earlier run has submitted and nobody has answered; the rest the broker may recognize."""
+        try:
+            held = await self._client.held(messages_max=2 * LINES_MAX, bytes_max=2 * FILE_BYTES_MAX)
+        except BrokerRefused:
+            raise ConfigError("there are no streams yet: start the pipeline's first worker", field="nats") from None
+        return held or set()
 
     async def answer_all(self, in_flight: int) -> None:
         """Get every missing answer, `in_flight` at a time. Raises PipelineError; what was answered is kept."""

@@ -64,7 +64,8 @@ def main() -> None:
     try:
         app()
     except PipelineError as error:
-        print(f"sglang-nats: {error}", file=sys.stderr)
+        later = f" (try again after {error.retry_after_s:g} s)" if error.retry_after_s else ""
+        print(f"sglang-nats: {error}{later}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -193,10 +193,13 @@ class Client:
         async for stored in self._bus.read(streams.RESPONSES.name, names.RESPONSES.any(client=self.name)):
             yield decode(Frame, stored.payload)
 
-    async def held(self) -> set[str] | None:
-        """The ids of this client's requests that wait or run; None where too much waits to look through it."""
+    async def held(self, *, messages_max: int = SCANNED_MAX, bytes_max: int = BYTES_MAX) -> set[str] | None:
+        """The ids of this client's requests that wait or run; None where too much waits to look through it.
+
+        Raises BusUnavailable, BrokerRefused where there are no streams.
+        """
         waiting = [await self._bus.stream_state(stream.name) for stream in (streams.REQUESTS, streams.WORK)]
-        if sum(state.messages for state in waiting) > SCANNED_MAX or sum(state.bytes for state in waiting) > BYTES_MAX:
+        if sum(state.messages for state in waiting) > messages_max or sum(state.bytes for state in waiting) > bytes_max:
             return None
         found: set[str] = set()
         async for stored in self._bus.read(streams.REQUESTS.name, names.REQUESTS.any()):

@@ -151,7 +151,7 @@ async def test_requests_that_nobody_listened_to_are_all_answered_later(nats_serv
         assert (await bus.stream_state(streams.REQUESTS.name)).last_seq == 300
 
     async def all_are_answered() -> bool:
-        return (await bus.stream_state(streams.RESPONSES.name)).messages == 300
+        return len(await bus.subjects_state(streams.RESPONSES.name, names.RESPONSES.any())) == 300
 
     async with serving(tmp_path / "run", nats_server.url, ttft_ms=1, itl_ms=1):
         await until(all_are_answered)
@@ -222,3 +222,9 @@ async def test_a_client_reads_all_that_the_log_has_of_it(nats_server, bus: Bus):
         await bus.publish_durable(subject, msgspec.msgpack.encode({"request_id": "r", "text": client}))
     async with Client.connect(nats_server.url, client="me") as client:
         assert [frame.text async for frame in client.stored()] == ["me"]
+
+
+async def test_a_broker_without_streams_is_told(nats_server, tmp_path: Path):
+    write_batch(tmp_path / "in.jsonl", 1)
+    code, said = await finished("batch", str(tmp_path / "in.jsonl"), "--nats", nats_server.url)
+    assert (code, said) == (1, "sglang-nats: there are no streams yet: start the pipeline's first worker\n")

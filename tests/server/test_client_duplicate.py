@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -33,6 +34,16 @@ async def ask(client: Client, known: list[str], **fields) -> list[int]:
         assert frame.error is None, frame.error
         tokens += frame.token_ids.tolist()
     return tokens
+
+
+async def command(*arguments: str) -> tuple[int, str]:
+    """Run a command to its end: its exit code, and what it said."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "pipeline.cli", *arguments), stderr=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(READY_S_MAX):
+        _, said = await process.communicate()
+    return process.returncode or 0, said.decode()
 
 
 @pytest.mark.timeout(120)
@@ -101,6 +112,8 @@ async def test_a_full_queue_turns_requests_away_and_says_when_to_come_again(bus:
             await anext(client.generate(model=MODEL, prompt="hi"))
         assert (raised.value.status, raised.value.retry_after_s) == (429, 1.0)
         await client.submit(model="another", prompt="hi")
+        code, said = await command("request", "hi", "--model", MODEL, "--nats", nats_server.url)
+        assert (code, said.endswith("(try again after 1 s)\n")) == (1, True), said
         await client._bus.flush()
     await bus.flush()
     assert counted() == before + 1
