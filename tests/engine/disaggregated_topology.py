@@ -205,9 +205,9 @@ async def reference(asked: Sequence[Sequence[int]], max_tokens: int) -> list[lis
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
-    text = json.dumps({"prompts": asked, "max_new_tokens": max_tokens, "server_args": FLOAT32})
+    question = {"prompts": asked, "max_new_tokens": max_tokens, "server_args": FLOAT32, "model_path": BUILTIN_MODEL}
     async with asyncio.timeout(REFERENCE_S_MAX):
-        printed, _ = await process.communicate(text.encode())
+        printed, _ = await process.communicate(json.dumps(question).encode())
     assert process.returncode == 0
     return json.loads(printed.splitlines()[-1])
 

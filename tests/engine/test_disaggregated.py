@@ -4,7 +4,6 @@ import asyncio
 import random
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
-from functools import cache
 from pathlib import Path
 
 import psutil
@@ -51,6 +50,11 @@ async def expected() -> dict[int, list[int]]:
     """What one aggregated engine says to the prompt of each length."""
     wanted = await reference(prompts(LENGTHS), MAX_TOKENS)
     return dict(zip(LENGTHS, wanted, strict=True))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def expected_of_fifty() -> list[list[int]]:
+    return await reference(prompts(LENGTHS_FULL), MAX_TOKENS)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -223,17 +227,13 @@ async def test_cancelled_requests_leave_nothing(pair: Disaggregated, capsys: pyt
     assert len(await pair.ask("The capital of France is", MAX_TOKENS, ignore_eos=True)) == MAX_TOKENS
 
 
-@cache
-def _reference_full() -> list[list[int]]:
-    return asyncio.run(reference(prompts(LENGTHS_FULL), MAX_TOKENS))
-
-
 @pytest.mark.full
 @pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (2, 1), (1, 2)])
-async def test_fifty_prompts_in_every_ratio(prefill: int, decode: int, tmp_path: Path) -> None:
-    asked = prompts(LENGTHS_FULL)
+async def test_fifty_prompts_in_every_ratio(
+    expected_of_fifty: list[list[int]], prefill: int, decode: int, tmp_path: Path
+) -> None:
+    asked, wanted = prompts(LENGTHS_FULL), expected_of_fifty
     assert len(asked) == 50
-    wanted = await asyncio.to_thread(_reference_full)
     async with started(topology(prefill, decode, **FLOAT32), tmp_path) as running:
         assert [await running.ask(prompt, MAX_TOKENS) for prompt in asked] == wanted
         assert await at_once(running, asked, AT_ONCE) == wanted
