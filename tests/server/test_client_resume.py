@@ -136,6 +136,13 @@ async def test_the_rest_of_a_running_request_comes_live(tmp_path: Path):
         tail, _ = await rest(client, "r", from_token=90, choice=1)
         assert tail == wanted(100)[90:]
 
+        texts = "".join(text_of(token) for token in wanted(100)[97:])
+        command = (sys.executable, "-m", "pipeline.cli", "resume", "r", "-n", "2", "--from", "97", "--nats", local.url)
+        reading = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        async with asyncio.timeout(ANSWER_S_MAX):
+            printed, _ = await reading.communicate()
+        assert printed.decode() == f"[0] {texts}\n[1] {texts}\n"
+
 
 async def test_a_cursor_inside_a_frame_gives_no_token_twice(log: Bus, nats_server):
     tokens = wanted(10)
