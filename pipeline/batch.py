@@ -354,9 +354,13 @@ async def run_batch(
     with Ledger(path) as ledger:
         async with Client.connect(url, client=batch.client) as client:
             run = Run(client, batch, ledger, deadline_s=deadline_s)
-            with progress(run.count, "submitting" if submit_only else "answering"):
-                await run.recover()
-                await (run.submit_all if submit_only else run.answer_all)(in_flight)
+            try:
+                with progress(run.count, "submitting" if submit_only else "answering"):
+                    await run.recover()
+                    await (run.submit_all if submit_only else run.answer_all)(in_flight)
+            except asyncio.CancelledError:  # Ctrl-C
+                err.print(f"stopped at {run.count.done:,} of {run.count.total:,}; the same command goes on from here")
+                raise
     if submit_only:
         err.print(f"{run.count.total} requests are accepted; the same command without --submit gets the answers")
         return 0

@@ -120,7 +120,8 @@ async def test_an_ended_run_is_gone_on_with_and_no_line_is_paid_twice(tmp_path: 
 
         await until(is_underway)
         os.kill(first.pid, number)
-        await first.wait()
+        _, said = await first.communicate()
+        assert (b"; the same command goes on from here" in said) == (number == signal.SIGINT)
         assert len(answers(out)) < 200
         with out.open("ab") as torn:
             torn.write(b'{"id": "batch_req_of a line that kill -9 cut')
