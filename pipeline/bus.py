@@ -245,7 +245,8 @@ class Bus:
 
     @property
     def connected(self) -> bool:
-        return self._client.is_connected
+        """Whether there is a connection, and since when is known: nats-py says so a moment before its callback does."""
+        return self._client.is_connected and self._up.is_set()
 
     @property
     def connected_since_s(self) -> float:
