@@ -272,6 +272,12 @@ class Bus:
         """Wait for the end of an outage."""
         await self._up.wait()
 
+    async def until_connected_for(self, seconds: float) -> None:
+        """Wait until the present connection is so old."""
+        while (left_s := self._connected_since_s + seconds - time.monotonic()) > 0 or not self.connected:
+            await self._up.wait()
+            await asyncio.sleep(max(left_s, 0))
+
     def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
         """Call after each outage, once pullers and watches were told to go on and streams are provisioned."""
         self._callbacks.append(callback)
@@ -625,13 +631,18 @@ class Bus:
     async def _call_api(self, subject: str, payload: bytes, timeout_s: float) -> dict[str, Any]:
         return answer_of((await self._ask(subject, payload, None, timeout_s)).payload)
 
-    async def ack(self, delivery: Delivery, timeout_s: float = 5.0) -> bool:
-        """Settle a delivery. True: the broker confirmed it.
+    async def ack(
+        self, delivery: Delivery, timeout_s: float = 5.0, *, before: Callable[[], Awaitable[None]] | None = None
+    ) -> bool:
+        """Settle a delivery. True: the broker confirmed it. `before`: as in `publish_durable`.
 
         A broker that was killed may have forgotten that it handed the message out: it confirms nothing, and
         delivers the message again, perhaps with the same attempt.
         """
-        settle = functools.partial(self._ask, delivery.ack_subject, b"+ACK", None)
+
+        async def settle(timeout_s: float) -> Received:
+            return await self._ask(delivery.ack_subject, b"+ACK", None, timeout_s, before)
+
         try:
             await self._retried(settle, timeout_s, "an ack was not confirmed", _may_pass)
         except BusUnavailable:
@@ -689,12 +700,23 @@ class Bus:
 
     async def stored_at(self, stream: str, seq: int) -> StoredMessage | None:
         """The message that a stream has under a sequence number; None where it has none. Raises BusUnavailable."""
-        ask = functools.partial(self._ask, f"{names.JS_API}.DIRECT.GET.{stream}", b'{"seq":%d}' % seq, None)
+        return await self._get(stream, b'{"seq":%d}' % seq)
+
+    async def last(self, stream: str, subject: str) -> StoredMessage | None:
+        """The newest message that a stream has on a subject; None where it has none. Raises BusUnavailable."""
+        return await self._get(stream, msgspec.json.encode({"last_by_subj": subject}))
+
+    async def _get(self, stream: str, which: bytes) -> StoredMessage | None:
+        """One message by Direct Get (NATS ADR-31)."""
+
+        async def ask(timeout_s: float) -> Received:
+            return await self._ask(f"{names.JS_API}.DIRECT.GET.{stream}", which, None, timeout_s)
+
         received = await self._retried(ask, API_S_MAX, f"stream {stream} could not be read", _may_pass)
         headers = received.headers or {}
         if STATUS in headers:
             return None
-        return StoredMessage(headers["Nats-Subject"], received.payload, headers, seq)
+        return StoredMessage(headers["Nats-Subject"], received.payload, headers, int(headers["Nats-Sequence"]))
 
     async def _read_batch(self, stream: str, subject: str, from_seq: int, timeout_s: float) -> list[StoredMessage]:
         """Up to `READ_BATCH` messages by one Direct Get (NATS ADR-31); an empty status message ends them."""

@@ -5,21 +5,32 @@
    of a second, and hands those tasks to others at once.
 3. Frames that were lost with a connection have been sent again over the present one. So the log has no gap before a
    frame, and a terminal frame in the log stands behind everything before it.
+4. A terminal frame is the present owner's. Each later owner writes itself down in the log before it reads it, and the
+   broker refuses a terminal frame that does not name the last owner. So a frame that was under way for longer than
+   its sender's lease, in a frozen broker or a parted network, ends nothing.
 """
 
 import asyncio
 import time
 from collections import deque
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from pipeline import provision
 from pipeline.bus import Bus, Delivery
+from pipeline.errors import BrokerRefused
+from pipeline.jetstream import WRONG_LAST_SEQ
 from pipeline.lease import Lease, LeaseLost
-from pipeline.stage import Emit
-from subjects import streams
+from pipeline.stage import Emit, begin_frames
+from subjects import headers, names, streams
+from subjects.codec import decode, encode
+from subjects.messages import Frame, PreprocessedRequest
 
-FORGOTTEN_S_MAX: Final = 1.0
+FORGOTTEN_S_MAX: Final = 0.5
 """A delivery older than this at its broker's death is on the broker's disk. Measured: 0.06 to 0.09 s."""
+RETURN_S_MAX: Final = 1.0
+"""After a broker's death workers are back within this time, and send again what the log may have lost. Until then
+nobody takes over a task that the broker may have forgotten to have handed out."""
 RESENT_S: Final = 30.0
 """Frames this old have been read by the broker: a connection on which nothing moves lives for 15 s at most."""
 
@@ -55,13 +66,49 @@ class Fence:
         self._bus, self._age, self._delivery, self._lease = bus, age, delivery, lease
         self._epoch = bus.epoch
         self._taken_s = time.monotonic()
-        self._broker_since_unix_s: float | None = None
+        self._broker_since_unix_s: float | None = None  # where it was known before a connection was lost
         self._sent: deque[tuple[float, Emit]] = deque()
+        self._owners: str | None = None  # the subject, where the task is a request
+        self._owner_seq = 0  # of our word there; 0: the first owner writes none
 
     async def attempt(self) -> int:
-        """The delivery's number, one more where the broker may have forgotten an earlier delivery."""
-        self._broker_since_unix_s = await self._age.since_unix_s()
-        return self._delivery.attempt + (self._delivery.stored_unix_s < self._broker_since_unix_s)
+        """The delivery's number, one more where the broker may have forgotten an earlier delivery.
+
+        Raises LeaseLost, BusUnavailable.
+        """
+        await self.ready()
+        epoch, since_unix_s = self._epoch, await self._age.since_unix_s()
+        if epoch == self._bus.epoch:
+            self._broker_since_unix_s = since_unix_s
+        if self._delivery.stored_unix_s >= since_unix_s:
+            return self._delivery.attempt
+        await self._bus.until_connected_for(RETURN_S_MAX)
+        return self._delivery.attempt + 1
+
+    async def own(self, request: PreprocessedRequest, attempt: int) -> int:
+        """Become the owner that this request's frames and ends are taken from; the attempt, above all earlier ones.
+
+        Raises LeaseLost, BusUnavailable.
+        """
+        self._owners = names.OWNERS.of(client=request.client, request_id=request.request_id)
+        if attempt == 1:
+            return attempt
+        while True:
+            last = await self._bus.last(streams.RESPONSES.name, self._owners)
+            if last is not None:
+                attempt = max(attempt, decode(Frame, last.payload).attempt + 1)
+            word = encode(Frame(request_id=request.request_id, attempt=attempt, worker=self._bus.name))
+            behind = {headers.EXPECTED_LAST_SEQ: str(last.seq if last else 0)}
+            try:
+                stored = await self._bus.publish_durable(self._owners, word, headers=behind, before=self.ready)
+            except BrokerRefused as refusal:
+                if refusal.error_number != WRONG_LAST_SEQ:
+                    raise
+                continue  # another owner came in between; if it is not the last, our lease has ended
+            self._owner_seq = stored.seq
+            for emit in begin_frames(request, attempt, self._bus.name):
+                await self.publish(emit)
+            return attempt
 
     def check_lease(self) -> None:
         """Raises LeaseLost."""
@@ -83,17 +130,25 @@ class Fence:
             await self.ready()
             await self._send(emit)
         else:
-            await self._bus.publish_durable(
-                emit.subject, emit.payload, msg_id=emit.msg_id, headers=emit.headers, before=self.ready
-            )
+            await self._store(emit, self.ready)
         self._note(emit)
 
-    async def checkpoint(self) -> None:
-        """Have it confirmed that the log has every frame, for the next owner. Raises LeaseLost, BusUnavailable."""
+    async def ack(self) -> None:
+        """Settle the delivery. Raises LeaseLost; where the broker does not confirm it, it comes again."""
+        await self._bus.ack(self._delivery, before=self.ready)
+
+    async def nak(self, delay_s: float = 0) -> None:
+        """Hand the delivery back. Raises LeaseLost: a late one would take the task from its next owner."""
+        await self.ready()
+        await self._bus.nak(self._delivery, delay_s)
+
+    async def hand_over(self) -> None:
+        """Let another worker go on at once, from a log that surely has every frame. Raises LeaseLost."""
         if self._sent:
             _, last = self._sent[-1]
             msg_id = f"{self._delivery.stream}.{self._delivery.stream_seq}.{self._delivery.consumer_seq}.checkpoint"
             await self._bus.publish_durable(last.subject, last.payload, msg_id=msg_id, before=self.ready)
+        await self.nak()
 
     def _note(self, emit: Emit) -> None:
         now_s = time.monotonic()
@@ -102,19 +157,43 @@ class Fence:
             self._sent.popleft()
 
     async def _catch_up(self) -> None:
-        """The connection is another one: see whether the task is still ours, and send again what may be lost."""
+        """The connection is another one: send again what may be lost, and see whether the task is still ours.
+
+        Whoever has the task by now is glad of the frames: readers may have heard some that the log did not keep.
+        """
         epoch = self._bus.epoch
+        for _, emit in list(self._sent):
+            await self._send(emit)
         if not self.accepted and await self._forgotten():
             raise LeaseLost
-        for _, emit in self._sent:
-            await self._send(emit)
         self._epoch = epoch
 
     async def _send(self, emit: Emit) -> None:
         if emit.msg_id is None:
+            self.check_lease()
             await self._bus.publish(emit.subject, emit.payload, headers=emit.headers)
         else:
-            await self._bus.publish_durable(emit.subject, emit.payload, msg_id=emit.msg_id, headers=emit.headers)
+            await self._store(emit, self._still_leased)
+
+    async def _store(self, emit: Emit, before: Callable[[], Awaitable[None]]) -> None:
+        """A frame that the broker confirms. Raises LeaseLost where it is a terminal one and has a later owner."""
+        msg_id, extra = emit.msg_id, emit.headers or {}
+        while True:
+            if emit.frame is not None and emit.frame.finish_reason and self._owners is not None:
+                owner = {headers.EXPECTED_LAST_SEQ: str(self._owner_seq), headers.EXPECTED_LAST_SUBJECT: self._owners}
+                extra = extra | owner
+            try:
+                await self._bus.publish_durable(emit.subject, emit.payload, msg_id=msg_id, headers=extra, before=before)
+                return
+            except BrokerRefused as refusal:
+                if refusal.error_number != WRONG_LAST_SEQ:
+                    raise
+                if not self._owner_seq or await self._bus.stored_at(streams.RESPONSES.name, self._owner_seq):
+                    raise LeaseLost from None
+                self._owner_seq = 0  # the broker's store was wiped, and all owners with it
+
+    async def _still_leased(self) -> None:
+        self.check_lease()
 
     async def _forgotten(self) -> bool:
         """Whether the broker may have handed the task to another worker as if it had never been here.
@@ -124,7 +203,7 @@ class Fence:
         loss_s = self._bus.first_loss_after(self._taken_s)
         if loss_s is None or loss_s - self._taken_s > FORGOTTEN_S_MAX:
             return False
-        if await self._age.since_unix_s() == self._broker_since_unix_s:
+        if self._broker_since_unix_s is not None and self._broker_since_unix_s == await self._age.since_unix_s():
             return False
         stored = await self._bus.stored_at(self._delivery.stream, self._delivery.stream_seq)
         return stored is not None and stored.payload == self._delivery.payload

@@ -80,6 +80,11 @@ class Output:
         stale = known is not None and (known.end is not None or frame.attempt < known.attempt)
         return not stale and frame.index > self.has(frame.choice)
 
+    def new_owner(self, frame: Frame) -> bool:
+        """Whether a later owner than known speaks: what was missed of the one before can be told by the log alone."""
+        known = self._progress.get(frame.choice)
+        return not self._unwanted(frame) and frame.attempt > max(1, known.attempt if known else 1)
+
     def add(self, frame: Frame) -> Frame | None:
         """Take a frame in; the part of it that is new, None where nothing is.
 
@@ -169,6 +174,9 @@ class Follower:
                     async for new in self._found() if frame is Pause.OUTAGE else self.caught_up():
                         yield new
                 continue
+            if self._output.new_owner(frame):
+                async for new in self._logged():
+                    yield new
             if self._output.missing(frame):
                 async for new in self._bridged(frame):
                     yield new

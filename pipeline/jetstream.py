@@ -18,6 +18,7 @@ CONSUMER_DIFFERS: Final = (10013, 10148)
 STORE_FAILED: Final = 10077  # its text says which "maximum ... exceeded"
 NO_SPACE: Final = (10023, 10047, 10028)
 MESSAGE_TOO_LARGE: Final = 10054
+WRONG_LAST_SEQ: Final = 10071
 NO_LEADER: Final = (10008, 10009)
 JETSTREAM_OFF: Final = (10039, 10076)
 

@@ -22,7 +22,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import msgspec
@@ -48,7 +48,7 @@ from pipeline.stage import ACCEPTED, Emit, Stage, Task
 from subjects import names
 from subjects.codec import decode, encode
 from subjects.limits import ATTEMPTS_MAX, FAILURES_MAX
-from subjects.messages import DeadLetter, Failure, Work
+from subjects.messages import DeadLetter, Failure, PreprocessedRequest, Work
 from subjects.streams import ConsumerSpec
 
 RETRY_S: Final = 1.0
@@ -69,6 +69,7 @@ class _Running:
     fence: Fence
     lease: Lease
     job: asyncio.Task[None]
+    task: Task[Any] | None = None  # None: not read yet, or unreadable
     stop: Exception | None = None
     settling: bool = False  # the stage is over and its outcome on the way to the broker
 
@@ -89,6 +90,7 @@ class Runner:
         self._pullers: list[Puller] = []
         self._idle = asyncio.Event()
         self._idle.set()
+        bus.on_reconnect(self._catch_up)
 
     @property
     def in_flight(self) -> int:
@@ -125,6 +127,14 @@ class Runner:
         for running in self._running.values():
             running.end(HandOver())
         await self._idle.wait()
+
+    async def _catch_up(self) -> None:
+        """After an outage: let each task's log be whole before anyone else reads it."""
+        for running in list(self._running.values()):
+            try:
+                await running.fence.ready()
+            except LeaseLost as lost:
+                running.end(lost)
 
     async def _work(self, delivery: Delivery) -> None:
         """One delivery, from its lease to its ack. Raises nothing."""
@@ -167,54 +177,53 @@ class Runner:
         """Run the stage and settle the delivery; the outcome's name, for the metrics. Raises LeaseLost."""
         delivery, fence = running.delivery, running.fence
         try:
-            task = self._read(delivery, await fence.attempt())
+            running.task = self._read(delivery)
         except InvalidRequest as error:
-            return await self._give_up(running, None, error, context)
+            return await self._give_up(running, error, context)
         try:
-            await self._run(task, running)
+            await self._run(running)
         except LeaseLost:
             raise
         except Exception as error:
             context.debug("stage_ended_early", code=type(error).__name__)
             if fence.accepted:
-                return await self._answer_accepted(task, error, context)
+                return await self._answer_accepted(running.task, error, context)
             fence.check_lease()
-            return await self._outcome_of(error, running, task, context)
+            return await self._outcome_of(error, running, context)
         if not fence.accepted:
-            await self._bus.ack(delivery)
+            await fence.ack()
         return "done"
 
-    async def _outcome_of(self, error: Exception, running: _Running, task: Task[Any], context: Any) -> str:
+    async def _outcome_of(self, error: Exception, running: _Running, context: Any) -> str:
         """What an error makes of a task."""
         delivery = running.delivery
         match error:
             case HandOver():
-                await running.fence.checkpoint()
-                await self._bus.nak(delivery)
+                await running.fence.hand_over()
                 return "handed_over"
             case Permanent():
                 context.info("task_ended_in_error", code=error.code)
-                return await self._answer(running, task, error)
+                return await self._answer(running, error)
             case EngineDied():
-                return await self._retry_failed(error, running, task, context)
+                return await self._retry_failed(error, running, context)
             case Transient():
                 context.info("task_retried", code=error.code, reason=str(error))
                 if delivery.attempt >= ATTEMPTS_MAX:
-                    return await self._give_up(running, task, error, context)
-                await self._bus.nak(delivery, delay_s=error.retry_after_s or RETRY_S)
+                    return await self._give_up(running, error, context)
+                await running.fence.nak(error.retry_after_s or RETRY_S)
                 return "retried"
             case _:
                 context.exception("stage_failed", code=type(error).__name__)
-                return await self._retry_failed(error, running, task, context)
+                return await self._retry_failed(error, running, context)
 
-    async def _retry_failed(self, error: Exception, running: _Running, task: Task[Any], context: Any) -> str:
+    async def _retry_failed(self, error: Exception, running: _Running, context: Any) -> str:
         """The task may be what broke the stage or its engine: another worker tries it, but not one after another."""
         delivery = running.delivery
         failures = await self._count_failure(delivery, error)
         if failures >= FAILURES_MAX or delivery.attempt >= ATTEMPTS_MAX:
-            return await self._give_up(running, task, _exhausted(failures, FAILURES_MAX, error), context)
+            return await self._give_up(running, _exhausted(failures, FAILURES_MAX, error), context)
         context.info("task_retried", code=type(error).__name__, reason=str(error))
-        await self._bus.nak(delivery, delay_s=RETRY_S)
+        await running.fence.nak(RETRY_S)
         return "retried"
 
     async def _count_failure(self, delivery: Delivery, error: Exception) -> int:
@@ -233,8 +242,9 @@ class Runner:
         await self._publish_all(self._stage.answer(task, error))
         return error.code
 
-    async def _run(self, task: Task[Any], running: _Running) -> None:
+    async def _run(self, running: _Running) -> None:
         """Run the stage to its end; raises what ended it early."""
+        task = running.task
         if running.delivery.attempt > ATTEMPTS_MAX:
             raise _exhausted(running.delivery.attempt, ATTEMPTS_MAX, None)
         request_id, deadline_unix_s = _identity(task)
@@ -243,6 +253,7 @@ class Runner:
                 self._cancellations.watch(request_id, lambda reason: running.end(Cancelled(reason)))
                 if reason := self._cancellations.reason(request_id):
                     raise Cancelled(reason)
+            task = running.task = replace(task, attempt=await self._own(running))
             async with _deadline(deadline_unix_s), contextlib.aclosing(self._stage.run(task)) as emits:
                 async for emit in emits:
                     if emit is ACCEPTED:
@@ -262,12 +273,19 @@ class Runner:
                 self._cancellations.unwatch(request_id)
         running.fence.check_lease()
 
+    async def _own(self, running: _Running) -> int:
+        """Make sure that nobody else works on the task; its attempt, above all earlier ones."""
+        attempt = await running.fence.attempt()
+        if isinstance(running.task.payload, PreprocessedRequest):
+            attempt = await running.fence.own(running.task.payload, attempt)
+        return attempt
+
     async def _accept(self, running: _Running) -> None:
         running.fence.accepted = True
         self._leases.release(running.lease)
-        await self._bus.ack(running.delivery)
+        await running.fence.ack()
 
-    def _read(self, delivery: Delivery, attempt: int) -> Task[Any]:
+    def _read(self, delivery: Delivery) -> Task[Any]:
         """The delivery as the stage's task. Raises InvalidRequest where the payload is not the stage's."""
         payload: Any = delivery.payload
         if self._stage.takes is not bytes:
@@ -280,7 +298,7 @@ class Runner:
             headers=delivery.headers or {},
             subject=delivery.subject,
             stream_seq=delivery.stream_seq,
-            attempt=attempt,
+            attempt=delivery.attempt,
             stored_unix_s=delivery.stored_unix_s,
         )
 
@@ -295,15 +313,15 @@ class Runner:
         if emit.frame is not None and emit.frame.error is not None:
             metrics.ERRORS.labels(emit.frame.error.code).inc()
 
-    async def _answer(self, running: _Running, task: Task[Any], error: PipelineError) -> str:
+    async def _answer(self, running: _Running, error: PipelineError) -> str:
         """End the task's request with terminal error frames, then the task."""
-        await self._publish_all(self._stage.answer(task, error), running.fence)
-        await self._bus.ack(running.delivery)
+        await self._publish_all(self._stage.answer(running.task, error), running.fence)
+        await running.fence.ack()
         return error.code
 
-    async def _give_up(self, running: _Running, task: Task[Any] | None, error: PipelineError, context: Any) -> str:
+    async def _give_up(self, running: _Running, error: PipelineError, context: Any) -> str:
         """Dead-letter a task that cannot be worked on, and answer its client if it is known."""
-        delivery = running.delivery
+        delivery, task = running.delivery, running.task
         context.error("task_dead_lettered", code=error.code)
         letter = DeadLetter(
             stage=self._stage.name,
@@ -321,7 +339,7 @@ class Runner:
         await self._bus.publish_durable(subject, encode(letter), msg_id=msg_id)
         if task:
             await self._publish_all(self._stage.answer(task, error), running.fence)
-        await self._bus.ack(delivery)
+        await running.fence.ack()
         return "dead"
 
     async def _publish_all(self, emits: Iterable[Emit], fence: Fence | None = None) -> None:

@@ -87,6 +87,14 @@ def emit_frame(client: str, request_id: str, frame: Frame, form: Format = Format
     )
 
 
+def begin_frames(request: PreprocessedRequest, attempt: int, worker: str) -> Iterable[Emit]:
+    """A later owner's first word on each choice: whoever reads it drops what an earlier one sends after it."""
+    for choice in range(request.choices):
+        frame = Frame(request_id=request.request_id, choice=choice, attempt=attempt, worker=worker)
+        emit = emit_frame(request.client, request.request_id, frame, request.reply_format)
+        yield replace(emit, msg_id=f"{request.client}.{request.request_id}.{choice}.{attempt}.begin")
+
+
 def emit_work(subject: str, message: Message, msg_id: str) -> Emit:
     """A task for another stage."""
     return Emit(subject=subject, payload=encode(message), msg_id=msg_id)

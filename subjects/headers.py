@@ -34,6 +34,10 @@ HANDSHAKE_STATUS: Final = "Sglang-Status"
 MSG_ID: Final = "Nats-Msg-Id"
 """JetStream drops a second message with the same id inside the stream's duplicate window."""
 
+EXPECTED_LAST_SEQ: Final = "Nats-Expected-Last-Subject-Sequence"
+EXPECTED_LAST_SUBJECT: Final = "Nats-Expected-Last-Subject-Sequence-Subject"
+"""JetStream refuses the message unless the last one on this subject has that sequence number (0: there is none)."""
+
 ALL: Final[dict[str, str]] = {
     CLIENT: "client -> preprocess: names the response subject's client part; default `anonymous`",
     DEADLINE: "client -> preprocess: absolute deadline, seconds since the Unix epoch; past it the request is answered "
@@ -49,4 +53,6 @@ ALL: Final[dict[str, str]] = {
     HANDSHAKE_WRITE_US: "handshake: on a success status, from handing the last KV to NIXL to the end of its write",
     HANDSHAKE_STATUS: "handshake: on a status that only reports, `success`",
     MSG_ID: "request id of a request that names none; `<client>.<request_id>.<choice>.end` on terminal frames",
+    EXPECTED_LAST_SEQ: "terminal frames: the sequence number of their sender's word as an owner; 0: the first one",
+    EXPECTED_LAST_SUBJECT: "terminal frames: where the request's owners write themselves down",
 }

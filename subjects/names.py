@@ -118,6 +118,14 @@ RESPONSES: Final = Subject(
     "Frame",
     "Output frames in order; live subscribers get them at core speed, the stream keeps them for a resume.",
 )
+OWNERS: Final = Subject(
+    "sglang.owners.{client}.{request_id}",
+    Kind.JETSTREAM,
+    "decode -> stream RESPONSES",
+    "Frame",
+    "A later owner of a request writes itself down before it reads the log: from then on the broker refuses the "
+    "terminal frames of an earlier one.",
+)
 CANCEL: Final = Subject(
     "sglang.cancel.{request_id}",
     Kind.CAPTURED,
@@ -201,6 +209,7 @@ ALL: Final[tuple[Subject, ...]] = (
     BOOTSTRAP,
     PEER,
     RESPONSES,
+    OWNERS,
     CANCEL,
     HEARTBEAT,
     METRICS,

@@ -79,7 +79,7 @@ WORK: Final = StreamSpec(
 )
 RESPONSES: Final = StreamSpec(
     name="RESPONSES",
-    subjects=(names.RESPONSES.any(),),
+    subjects=(names.RESPONSES.any(), names.OWNERS.any()),
     about="Output frames, so that a client, or a request's next owner, can go on; over a restart of the broker too.",
     retention="limits",
     storage="file",

@@ -29,7 +29,7 @@ from pipeline.presence import Presence
 from subjects import streams
 
 INTERVAL_S = (1.5, 4.0)
-USERS = 48
+USERS = 96
 QUIET_S_MAX = 60.0
 LOOK_S = 0.5  # heartbeats tell of engines once a second
 WORKER_SEEDS = (1, 2, 3, 4)

@@ -147,6 +147,9 @@ class Load:
             if len(tokens) != asked.max_tokens or ends[0].finish_reason != "length":
                 results.wrong.append(f"{asked.request_id}.{choice}: {len(tokens)} of {asked.max_tokens} tokens")
             if (place := misfit(asked.prompt, tokens, self._seeds)) is not None:
-                workers = [(frame.attempt, frame.index, frame.worker) for frame in own if frame.worker]
-                results.wrong.append(f"{asked.request_id}.{choice}: token {place} does not follow; {workers}")
+                parts = {frame.attempt: frame.index for frame in reversed(own)}
+                names = [frame.worker for frame in own if frame.worker]
+                results.wrong.append(
+                    f"{asked.request_id}.{choice}: token {place} does not follow; attempts from token {parts}, {names}"
+                )
         results.whole += 1

@@ -76,7 +76,11 @@ class Scene:
         await self.bus.publish_durable(names.DECODE_ANY.of(model=MODEL), encode(request), msg_id=request_id)
 
     async def next_frame(self) -> Frame:
-        return await asyncio.wait_for(self.frames.get(), WAIT_S)
+        """The next one that says something: a later owner's first word holds nothing."""
+        async with asyncio.timeout(WAIT_S):
+            while not ((frame := await self.frames.get()).token_ids or frame.finish_reason):
+                pass
+        return frame
 
     async def settled(self) -> None:
         """Wait until the queue holds nothing."""
