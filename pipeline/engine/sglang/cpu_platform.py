@@ -47,6 +47,7 @@ SERVER_ARGS: Final = {
 _POOL: Final = "sglang.srt.mem_cache.pool_host.common"
 _SAMPLING: Final = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
 _SAMPLER: Final = "sglang.srt.layers.sampler"
+_SCHEDULER: Final = "sglang.srt.managers.scheduler.Scheduler"
 _NIXL: Final = "sglang.srt.disaggregation.nixl.conn"
 
 
@@ -76,7 +77,7 @@ def patch() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from pipeline.engine.sglang import cpu_kernels, cpu_sampling, nixl_cpu
+    from pipeline.engine.sglang import cpu_idle, cpu_kernels, cpu_sampling, nixl_cpu
 
     for target, hook, kind in (
         (f"{_POOL}._cuda_host_register", cpu_kernels.leave_unregistered, HookType.REPLACE),
@@ -88,6 +89,7 @@ def patch() -> None:
             cpu_sampling.sample_filtered,
             HookType.AROUND,
         ),
+        (f"{_SCHEDULER}.on_idle", cpu_idle.pause_while_waiting, HookType.AFTER),
         (f"{_NIXL}.NixlKVManager.__init__", nixl_cpu.before_kv_manager, HookType.BEFORE),
     ):
         HookRegistry.register(target, hook, kind)
