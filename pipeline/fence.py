@@ -14,6 +14,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Final
 
 from pipeline import provision
@@ -146,8 +147,9 @@ class Fence:
         """Let another worker go on at once, from a log that surely has every frame. Raises LeaseLost."""
         if self._sent:
             _, last = self._sent[-1]
-            msg_id = f"{self._delivery.stream}.{self._delivery.stream_seq}.{self._delivery.consumer_seq}.checkpoint"
-            await self._bus.publish_durable(last.subject, last.payload, msg_id=msg_id, before=self.ready)
+            of = self._delivery
+            msg_id = last.msg_id or f"{of.stream}.{of.stream_seq}.{of.consumer_seq}.checkpoint"
+            await self._store(replace(last, msg_id=msg_id), self.ready)
         await self.nak()
 
     def _note(self, emit: Emit) -> None:
