@@ -27,9 +27,9 @@ check: setup
     {{bin}}/ruff check
     {{bin}}/ruff format --check
 
-# Kill, freeze and starve the parts, and see that no request is lost
+# Kill, freeze and starve the parts for ten minutes, and see that no request is lost
 faults *args: setup
-    {{bin}}/pytest tests/faults {{args}}
+    {{bin}}/pytest tests/faults -m "not engine" {{args}}
 
 # Write docs/subjects.md from the code
 subjects: setup

@@ -19,12 +19,15 @@ class Progress:
         """Take a frame in; gives the part of it that is new, None where nothing is.
 
         A frame of an older attempt, one that starts behind a gap and any after the end bring nothing new:
-        their sender had lost its lease, or a later attempt repeats what is missing. The terminal frame of
-        any attempt ends the choice, for JetStream keeps only the first.
+        their sender had lost its lease, or a later attempt repeats what is missing. So does a terminal frame of an
+        older attempt: the log refuses it, but live readers hear it. Errors and aborts hold whoever says them.
         """
         have = len(self.token_ids)
-        late = frame.attempt < self.attempt or frame.index > have
-        if self.end is not None or (late and frame.finish_reason is None):
+        if self.end is not None:
+            return None
+        if frame.attempt < self.attempt and frame.finish_reason not in ("error", "abort"):
+            return None
+        if frame.index > have and frame.finish_reason is None:
             return None
         self.attempt = max(self.attempt, frame.attempt)
         repeated = have - frame.index

@@ -70,6 +70,7 @@ class _Running:
     lease: Lease
     job: asyncio.Task[None]
     task: Task[Any] | None = None  # None: not read yet, or unreadable
+    owned: bool = False
     stop: Exception | None = None
     settling: bool = False  # the stage is over and its outcome on the way to the broker
 
@@ -253,7 +254,7 @@ class Runner:
                 self._cancellations.watch(request_id, lambda reason: running.end(Cancelled(reason)))
                 if reason := self._cancellations.reason(request_id):
                     raise Cancelled(reason)
-            task = running.task = replace(task, attempt=await self._own(running))
+            task = await self._own(running)
             async with _deadline(deadline_unix_s), contextlib.aclosing(self._stage.run(task)) as emits:
                 async for emit in emits:
                     if emit is ACCEPTED:
@@ -273,12 +274,14 @@ class Runner:
                 self._cancellations.unwatch(request_id)
         running.fence.check_lease()
 
-    async def _own(self, running: _Running) -> int:
-        """Make sure that nobody else works on the task; its attempt, above all earlier ones."""
-        attempt = await running.fence.attempt()
-        if isinstance(running.task.payload, PreprocessedRequest):
-            attempt = await running.fence.own(running.task.payload, attempt)
-        return attempt
+    async def _own(self, running: _Running) -> Task[Any]:
+        """Become the task's only worker: the task, with an attempt above all earlier ones. Does nothing twice."""
+        if not running.owned:
+            attempt = await running.fence.attempt()
+            if isinstance(running.task.payload, PreprocessedRequest):
+                attempt = await running.fence.own(running.task.payload, attempt)
+            running.task, running.owned = replace(running.task, attempt=attempt), True
+        return running.task
 
     async def _accept(self, running: _Running) -> None:
         running.fence.accepted = True
@@ -315,7 +318,7 @@ class Runner:
 
     async def _answer(self, running: _Running, error: PipelineError) -> str:
         """End the task's request with terminal error frames, then the task."""
-        await self._publish_all(self._stage.answer(running.task, error), running.fence)
+        await self._publish_all(self._stage.answer(await self._own(running), error), running.fence)
         await running.fence.ack()
         return error.code
 
@@ -338,7 +341,7 @@ class Runner:
         msg_id = f"dead.{delivery.stream}.{delivery.stream_seq}"
         await self._bus.publish_durable(subject, encode(letter), msg_id=msg_id)
         if task:
-            await self._publish_all(self._stage.answer(task, error), running.fence)
+            await self._publish_all(self._stage.answer(await self._own(running), error), running.fence)
         await running.fence.ack()
         return "dead"
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 import uvloop
 from injection import Faults
-from load import MODEL, Load, Results
+from load import MODEL, Load, Mixed, Results, misfit
 
 from pipeline.bus import Bus
 from pipeline.client import Client
@@ -26,7 +26,9 @@ from pipeline.config import load_topology
 from pipeline.local import LocalTopology, running
 from pipeline.nats_server import NatsServer
 from pipeline.presence import Presence
+from pipeline.progress import Progress
 from subjects import streams
+from subjects.messages import Frame
 
 INTERVAL_S = (1.5, 4.0)
 USERS = 96
@@ -56,6 +58,7 @@ class Outcome:
             f"{dict(self.faults)}",
             f"latency {times}; attempts {dict(sorted(results.attempts.items()))}; {results.resumed} choices went on at "
             f"another worker in mid-stream; errors {dict(results.errors) or 'none'}",
+            f"heard live and lost by a killed broker before it was in the log: {len(results.mixed)}",
             f"not as promised: {len(self.wrong)}",
             *self.wrong[:20],
         ]
@@ -151,13 +154,30 @@ async def _left_now(bus: Bus, presence: Presence, workers: int) -> list[str]:
 
 
 async def _log_is_whole(client: Client, results: Results) -> list[str]:
-    """The log has exactly one terminal frame for each choice of each request."""
+    """The log has exactly one terminal frame for each choice of each request, and what live readers heard."""
     ends: Counter[tuple[str, int]] = Counter()
+    logged: dict[tuple[str, int], list[Frame]] = {key: [] for key in results.mixed}
     async for frame in client.stored():
-        if frame.finish_reason:
-            ends[frame.request_id, frame.choice] += 1
+        key = frame.request_id, frame.choice
+        ends[key] += frame.finish_reason is not None
+        if key in logged:
+            logged[key].append(frame)
     expected = Counter({(rid, choice): 1 for rid, count in results.choices.items() for choice in range(count)})
-    return [f"{key}: {ends[key]} terminal frames in the log" for key in expected.keys() | ends.keys() if ends[key] != 1]
+    wrong = [f"{key}: {ends[key]} terminal frames in the log" for key in expected if ends[key] != 1]
+    return wrong + [line for key, mixed in results.mixed.items() if (line := _unlike_log(key, mixed, logged[key]))]
+
+
+def _unlike_log(key: tuple[str, int], mixed: Mixed, frames: list[Frame]) -> str | None:
+    """None for the one mixture that is no fault: the reader heard tokens live that the broker had not stored when it
+    was killed, and that their worker, which died too, could not send again. The log goes on without them."""
+    progress = Progress()
+    for frame in frames:
+        progress.add(frame)
+    logged = progress.token_ids.tolist()
+    if len(logged) == len(mixed.tokens) and misfit(mixed.prompt, logged, WORKER_SEEDS) is None:
+        return None
+    told = [(frame.attempt, frame.index, len(frame.token_ids), frame.finish_reason, frame.worker) for frame in frames]
+    return f"{key}: {mixed.how}; the log: {told}"
 
 
 def main() -> int:

@@ -40,6 +40,15 @@ class Asked:
         return encode(request)
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """What a reader got that no worker would have drawn."""
+
+    prompt: tuple[int, ...]
+    tokens: list[int]
+    how: str
+
+
 @dataclass
 class Results:
     """What became of the load."""
@@ -51,6 +60,7 @@ class Results:
     resumed: int = 0  # choices with tokens of more than one attempt
     seconds: list[float] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    mixed: dict[tuple[str, int], Mixed] = field(default_factory=dict)  # by request id and choice
 
 
 def draw(number: int, random: Random) -> Asked:
@@ -148,8 +158,7 @@ class Load:
                 results.wrong.append(f"{asked.request_id}.{choice}: {len(tokens)} of {asked.max_tokens} tokens")
             if (place := misfit(asked.prompt, tokens, self._seeds)) is not None:
                 parts = {frame.attempt: frame.index for frame in reversed(own)}
-                names = [frame.worker for frame in own if frame.worker]
-                results.wrong.append(
-                    f"{asked.request_id}.{choice}: token {place} does not follow; attempts from token {parts}, {names}"
+                results.mixed[asked.request_id, choice] = Mixed(
+                    asked.prompt, tokens, f"token {place} does not follow; attempts from token {parts}"
                 )
         results.whole += 1

@@ -128,22 +128,19 @@ class Broker:
         self.recent.clear()
         self.born_s = self._clock.now_s
 
-    def store(self, sent: Sent) -> Frame | None:
-        """The frame, where it is no duplicate and of the present owner."""
+    def store(self, sent: Sent) -> None:
+        """Keep the message, unless it is a duplicate or an earlier owner's."""
         if sent.owner_seq is not None and sent.owner_seq != self.owner_seq:
             sent.answer = -WRONG_LAST_SEQ
-            return None
-        if sent.kind == "own":
+        elif sent.kind == "own":
             self.serial += 1
             self.owner_seq = sent.answer = self.serial
             self.owner_word = sent.payload
-            return None
-        sent.answer = 1
-        if sent.msg_id is not None and sent.msg_id in self.ids:
-            return None
-        self.ids |= {sent.msg_id} - {None}
-        self.log.append(decode(Frame, sent.payload))
-        return self.log[-1]
+        else:
+            sent.answer = 1
+            if sent.msg_id is None or sent.msg_id not in self.ids:
+                self.ids |= {sent.msg_id} - {None}
+                self.log.append(decode(Frame, sent.payload))
 
 
 class Link:
@@ -494,9 +491,9 @@ class Ownership(RuleBasedStateMachine):
         for _ in range(min(count, len(link.wire))):
             sent = link.wire.popleft()
             if sent.kind in ("publish", "own"):
-                frame = self.broker.store(sent)
-                if frame is not None:
-                    self.reader.hear(frame)
+                self.broker.store(sent)
+                if sent.kind == "publish":  # live readers hear what the log refuses, too
+                    self.reader.hear(decode(Frame, sent.payload))
             elif sent.kind == "ack":
                 self.broker.remove()
             elif self.broker.held_until_s is not None:
