@@ -28,7 +28,7 @@ from subjects import names
 from subjects.codec import decode
 from subjects.messages import Claim, Frame, PrefillTask
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.full, pytest.mark.engine, pytest.mark.timeout(1800), pytest.mark.asyncio(loop_scope="module")]
 
 MAX_TOKENS = 8
 LENGTHS = (1, 2, 3, 5, 9, 16, 17, 31, 47, 64, 65, 90, 127, 150, 200, 600)

@@ -17,7 +17,7 @@ import pytest
 from pipeline.engine.sglang.handshake import ONE_MACHINE_ENVIRONMENT, HandshakeSettings, bootstrap_host
 from pipeline.nats_server import NatsServer
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.full, pytest.mark.engine, pytest.mark.timeout(900)]
 
 START_S = 400.0  # several engines start at once on two busy cores
 ANSWER_S = 90.0

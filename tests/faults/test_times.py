@@ -25,7 +25,7 @@ from subjects.codec import decode
 from subjects.limits import LEASE_S
 from subjects.messages import Claim, Frame
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900), pytest.mark.asyncio(loop_scope="module")]
 
 TIMES, TIMES_FULL = 1, 10
 TOKENS = 250
