@@ -39,6 +39,9 @@ SERVER_ARGS: Final = {
     "max_total_tokens": 16_384,
     "mem_fraction_static": 0.3,
     "chunked_prefill_size": 512,  # a long prompt must not stop everyone's tokens for seconds
+    # Decode's pages that must make room go to ordinary memory as they do; SGLang's own choice, a pool made at start,
+    # wants 10 GiB free besides.
+    "disaggregation_decode_retraction_backup": "cpu_tensor",
     "sleep_on_idle": True,
     "skip_server_warmup": True,
 }
