@@ -13,8 +13,9 @@ from typing import Any, Final
 import msgspec
 
 from subjects import headers, limits, messages, names, streams
-from subjects.codec import TokenIds
+from subjects.codec import BlockHashes, TokenIds
 
+_PACKED: Final[dict[type, str]] = {TokenIds: "token ids", BlockHashes: "block hashes"}
 _HEAD: Final = """\
 # Subjects, streams and messages
 
@@ -22,7 +23,8 @@ _HEAD: Final = """\
 
 Everything that travels between the parts of sglang-nats. Variable parts of a subject stand in braces; names are
 made safe tokens (`meta-llama/Llama-3.1-8B` becomes `meta-llama-Llama-3-1-8B`). Payloads are MessagePack; a request
-in JSON is answered in JSON. Token ids are little-endian u32 bytes in MessagePack and numbers in JSON."""
+in JSON is answered in JSON. Token ids and block hashes are little-endian u32 and i64 bytes in MessagePack
+and numbers in JSON."""
 
 
 def render() -> str:
@@ -168,8 +170,8 @@ def _comments(kind: type) -> dict[str, str]:
 
 
 def _type_name(kind: Any) -> str:
-    if kind is TokenIds:
-        return "token ids"
+    if kind in _PACKED:
+        return _PACKED[kind]
     if isinstance(kind, type) and not hasattr(kind, "__args__"):
         return "null" if kind is type(None) else kind.__name__
     text = str(kind).replace("typing.", "").replace("NoneType", "null").replace("None", "null")
@@ -184,7 +186,7 @@ def _default(field: msgspec.structs.FieldInfo) -> str:
     value = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
     if isinstance(value, msgspec.Struct):
         return "its defaults"
-    if isinstance(value, TokenIds):
+    if type(value) in _PACKED:
         return "none"
     return f"`{msgspec.json.encode(value).decode()}`"
 

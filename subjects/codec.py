@@ -1,14 +1,14 @@
 """Messages to bytes and back: MessagePack by default, JSON where the request was JSON.
 
-The first byte tells them apart: a MessagePack map never starts with white space or `{`. On MessagePack
-token ids are raw little-endian u32 bytes (40 times faster to decode than a list); in JSON they are numbers.
+The first byte tells them apart: a MessagePack map never starts with white space or `{`. On MessagePack token ids
+and block hashes are raw little-endian bytes (40 times faster to decode than a list); in JSON they are numbers.
 """
 
 import sys
 from array import array
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
-from typing import Any, Final, TypeVar
+from typing import Any, ClassVar, Final, Self, TypeVar
 
 import msgspec
 
@@ -23,74 +23,92 @@ class Format(StrEnum):
     JSON = "json"
 
 
-class TokenIds:
-    """An immutable sequence of token ids, held as little-endian u32 bytes so that it travels without conversion."""
+class _Numbers:
+    """An immutable sequence of numbers, held as little-endian bytes so that it travels without conversion."""
 
     __slots__ = ("raw",)
+    code: ClassVar[str]  # of `array`
+    size: ClassVar[int]  # bytes of one number
+    bounds: ClassVar[tuple[int, int]]  # from, and below
 
     def __init__(self, raw: bytes = b"") -> None:
-        if len(raw) % 4:
-            raise ValueError(f"token ids take 4 bytes each; got {len(raw)} bytes")
+        if len(raw) % self.size:
+            raise ValueError(f"{type(self).__name__} take {self.size} bytes each; got {len(raw)} bytes")
         self.raw = raw
 
     @classmethod
-    def of(cls, ids: Iterable[int]) -> "TokenIds":
-        """From token ids in [0, 2**32)."""
-        words = array("I", ids)
+    def of(cls, numbers: Iterable[int]) -> Self:
+        """From numbers within `bounds`."""
+        words = array(cls.code, numbers)
         if sys.byteorder == "big":
             words.byteswap()
         return cls(words.tobytes())
 
     def tolist(self) -> list[int]:
-        words = array("I", self.raw)
+        words = array(self.code, self.raw)
         if sys.byteorder == "big":
             words.byteswap()
         return words.tolist()
 
     def __len__(self) -> int:
-        return len(self.raw) // 4
+        return len(self.raw) // self.size
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.tolist())
 
-    def __add__(self, other: "TokenIds") -> "TokenIds":
-        return TokenIds(self.raw + other.raw)
+    def __add__(self, other: Self) -> Self:
+        return type(self)(self.raw + other.raw)
 
-    def __getitem__(self, span: slice) -> "TokenIds":
-        return TokenIds.of(self.tolist()[span])
+    def __getitem__(self, span: slice) -> Self:
+        return self.of(self.tolist()[span])
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, TokenIds) and self.raw == other.raw
+        return type(self) is type(other) and self.raw == other.raw  # type: ignore[attr-defined]
 
     def __hash__(self) -> int:
         return hash(self.raw)
 
     def __repr__(self) -> str:
-        return f"TokenIds({len(self)})"
+        return f"{type(self).__name__}({len(self)})"
+
+
+class TokenIds(_Numbers):
+    """Token ids, u32."""
+
+    __slots__ = ()
+    code, size, bounds = "I", 4, (0, 2**32)
+
+
+class BlockHashes(_Numbers):
+    """Hashes of KV blocks as SGLang's KV events have them, i64."""
+
+    __slots__ = ()
+    code, size, bounds = "q", 8, (-(2**63), 2**63)
 
 
 NO_TOKENS: Final = TokenIds()
 
 
 def _to_msgpack(value: Any) -> Any:
-    if isinstance(value, TokenIds):
+    if isinstance(value, _Numbers):
         return value.raw
     raise NotImplementedError(f"no MessagePack form for {type(value).__name__}")
 
 
 def _to_json(value: Any) -> Any:
-    if isinstance(value, TokenIds):
+    if isinstance(value, _Numbers):
         return value.tolist()
     raise NotImplementedError(f"no JSON form for {type(value).__name__}")
 
 
 def _from_wire(kind: type, value: Any) -> Any:
-    if kind is TokenIds:
+    if issubclass(kind, _Numbers):
         if isinstance(value, bytes):
-            return TokenIds(value)
-        if isinstance(value, list) and all(isinstance(i, int) and 0 <= i < 2**32 for i in value):
-            return TokenIds.of(value)
-        raise ValueError("expected token ids in [0, 2**32)")
+            return kind(value)
+        low, high = kind.bounds
+        if isinstance(value, list) and all(isinstance(i, int) and low <= i < high for i in value):
+            return kind.of(value)
+        raise ValueError(f"expected {kind.__name__} in [{low}, {high})")
     raise NotImplementedError(f"no wire form for {kind.__name__}")
 
 

@@ -48,5 +48,6 @@ RESPONSES_KEPT_S_MIN: Final = 2 * LEASE_S
 """Without retention: the next owner of a running request needs its frames over a lease."""
 CANCELS_KEPT_S: Final = 600.0
 """A request that nobody holds can be cancelled so long before a worker takes it."""
+KV_EVENTS_KEPT_S: Final = 600.0
 DEDUPE_S: Final = 600.0
 """JetStream's duplicate window: a terminal frame repeated within it is recognized."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from subjects.codec import NO_TOKENS, Format, TokenIds
+from subjects.codec import NO_TOKENS, BlockHashes, Format, TokenIds
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -253,6 +253,63 @@ class Frame(Message, frozen=True, kw_only=True):
     usage: Usage | None = None  # with finish_reason
     error: Failure | None = None  # with finish_reason "error" or "abort"
     worker: str | None = None  # on an attempt's first frame and on the last
+
+
+# --- KV events: engine -> routers, telemetry ---------------------------------------------------------
+
+Tier = Literal["gpu", "host", "disk"]
+"""Where a KV block lies: the engine's own pool (on a CPU platform too), HiCache's host pool, or its storage."""
+
+
+class BlocksStored(Message, frozen=True, kw_only=True, tag_field="type", tag="stored"):
+    """Consecutive blocks of one prefix are now in a tier. A block's hash covers all tokens from the first on."""
+
+    hashes: BlockHashes  # i64[num_blocks], in the prefix's order
+    parent: int | None = None  # hash of the block before the first; None: it is a prompt's first
+    tier: Tier = "gpu"
+
+
+class BlocksRemoved(Message, frozen=True, kw_only=True, tag_field="type", tag="removed"):
+    hashes: BlockHashes  # i64[num_blocks]
+    tier: Tier = "gpu"
+
+
+class BlocksCleared(Message, frozen=True, kw_only=True, tag_field="type", tag="cleared"):
+    """No block is left, in any tier."""
+
+
+KvEvent = BlocksStored | BlocksRemoved | BlocksCleared
+
+
+class KvEvents(Message, frozen=True, kw_only=True):
+    """What became of one rank's KV blocks, in order.
+
+    A reader applies `seq` right after `seq` - 1 of the same incarnation; whatever else it sees, it asks for a snapshot.
+    """
+
+    worker: str
+    incarnation: str
+    dp_rank: int = 0
+    seq: int  # 1 for an incarnation's first message of a rank, then one more each
+    block_tokens: int  # tokens in a block
+    events: tuple[KvEvent, ...] = ()
+
+
+class KvSnapshotRequest(Message, frozen=True, kw_only=True):
+    """Asks a rank for all the blocks that it holds."""
+
+
+class KvSnapshot(Message, frozen=True, kw_only=True):
+    """All the blocks of a rank, in `parts` messages to the reply subject; a parent comes before its children."""
+
+    worker: str
+    incarnation: str
+    dp_rank: int = 0
+    seq: int  # of the last KvEvents that it contains
+    block_tokens: int
+    part: int = 0  # in [0, parts)
+    parts: int = 1
+    blocks: tuple[BlocksStored, ...] = ()
 
 
 # --- control ----------------------------------------------------------------------------------------

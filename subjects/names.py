@@ -183,6 +183,20 @@ PEER: Final = Subject(
     "Asked four times a second while a room is open: no responders means that the rank is gone. Outside `sglang.>`, "
     "since whoever reads a subject is a responder on it.",
 )
+KV_EVENTS: Final = Subject(
+    "sglang.kv.{model}.{worker}",
+    Kind.CAPTURED,
+    "engine -> preprocess, telemetry",
+    "KvEvents",
+    "KV blocks stored and removed, of each data-parallel rank and cache tier, numbered by worker and incarnation.",
+)
+KV_SNAPSHOT: Final = Subject(
+    "sglang.kv_snapshot.{worker}.{rank}",
+    Kind.SERVICE,
+    "preprocess, telemetry -> engine",
+    "KvSnapshotRequest",
+    "All blocks that a rank holds, answered with KvSnapshot parts: for a reader that starts late or missed events.",
+)
 FAILED: Final = Subject(
     "sglang.failed.{stage}.{task}",
     Kind.JETSTREAM,
@@ -214,6 +228,8 @@ ALL: Final[tuple[Subject, ...]] = (
     HEARTBEAT,
     METRICS,
     CONTROL,
+    KV_EVENTS,
+    KV_SNAPSHOT,
     FAILED,
     DEAD,
 )
@@ -224,6 +240,8 @@ READABLE: Final = tuple(subject for subject in ALL if subject is not PEER)
 
 # Subjects that nats-server itself defines.
 MAX_DELIVERIES_ADVISORIES: Final = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>"
+LEADER_ELECTED: Final = "$JS.EVENT.ADVISORY.STREAM.LEADER_ELECTED"
+"""`.<stream>`: a cluster's stream has a new leader; what was published to it in between may not be in it."""
 JS_API: Final = "$JS.API"
 JS_ACK: Final = "$JS.ACK"
 KV: Final = "$KV"

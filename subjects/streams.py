@@ -130,7 +130,17 @@ ADVISORIES: Final = StreamSpec(
     max_bytes=16 * MIB,
     max_age_s=7 * 86_400,
 )
-STREAMS: Final = (REQUESTS, WORK, RESPONSES, CANCELS, FAILED, DEAD, ADVISORIES)
+KV_EVENTS: Final = StreamSpec(
+    name="KV_EVENTS",
+    subjects=(names.KV_EVENTS.any(),),
+    about="KV events for a while, for an operator to look at; routers read them live and ask for snapshots.",
+    retention="limits",
+    storage="memory",
+    discard="old",
+    max_bytes=64 * MIB,
+    max_age_s=limits.KV_EVENTS_KEPT_S,
+)
+STREAMS: Final = (REQUESTS, WORK, RESPONSES, CANCELS, FAILED, DEAD, ADVISORIES, KV_EVENTS)
 
 CARDS: Final = BucketSpec(
     name="SGLANG_CARDS",

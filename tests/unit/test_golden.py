@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from subjects import messages as m
-from subjects.codec import Format, TokenIds, decode, encode
+from subjects.codec import BlockHashes, Format, TokenIds, decode, encode
 
 GOLDEN: Final = Path(__file__).parents[1] / "golden"
 TOKENS: Final = TokenIds.of([0, 1, 255, 256, 49151, 2**32 - 1])
@@ -54,6 +54,9 @@ RESPONSE_FORMAT: Final = m.ResponseFormat(type="json_schema", json_schema=SCHEMA
 LOAD: Final = m.Load(running=2, waiting=1, kv_tokens_used=100, kv_tokens=8192)
 SAMPLE: Final = m.MetricSample(name="sglang_nats_tokens_total", labels={"direction": "out"}, value=8.0)
 FAMILY: Final = m.MetricFamily(name="sglang_nats_tokens", help="Tokens.", type="counter", samples=(SAMPLE,))
+HASHES: Final = BlockHashes.of([-(2**63), -1, 0, 2**63 - 1])
+STORED: Final = m.BlocksStored(hashes=HASHES, parent=-5, tier="disk")
+CLEARED: Final = m.BlocksCleared()
 
 # Values as they were when the release was made. A field that came later stays at its default here.
 RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
@@ -192,6 +195,23 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             request_id="r-1",
             headers={"Sglang-Client": "me"},
             died_unix_s=1790000000.0,
+        ),
+        STORED,
+        m.BlocksRemoved(hashes=HASHES, tier="host"),
+        CLEARED,
+        m.KvEvents(
+            worker="decode-1", incarnation="a1b2c3", dp_rank=1, seq=2**40, block_tokens=64, events=(STORED, CLEARED)
+        ),
+        m.KvSnapshotRequest(),
+        m.KvSnapshot(
+            worker="decode-1",
+            incarnation="a1b2c3",
+            dp_rank=1,
+            seq=7,
+            block_tokens=64,
+            part=1,
+            parts=2,
+            blocks=(STORED,),
         ),
     ),
 }
