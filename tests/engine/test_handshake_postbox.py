@@ -154,6 +154,18 @@ def test_routes_are_put_again_after_a_broker_that_forgot_them(open_box: Open, se
     assert resident.heard.get(timeout=DEADLINE_S) == (str(prefill.address), b"row")
 
 
+def test_what_the_broker_forgot_is_gone_only_when_nobody_puts_it_again(open_box: Open, server: NatsServer) -> None:
+    prefill, _ = open_box("prefill")
+    prefill.put_row(str(prefill.address), b"row", keep=False)
+    _, resident = open_box("decode")
+    assert resident.heard.get(timeout=DEADLINE_S) == (str(prefill.address), b"row")
+    server.kill()
+    server.start()
+    with pytest.raises(queue.Empty):
+        resident.heard.get(timeout=DEATH_S)
+    assert resident.heard.get(timeout=DEADLINE_S) == (str(prefill.address), None)
+
+
 def test_no_broker_is_a_sentence() -> None:
     settings = HandshakeSettings(url="nats://127.0.0.1:1", worker="w", incarnation="i", role="decode")
     with pytest.raises(EngineStartError, match=r"127\.0\.0\.1:1"):

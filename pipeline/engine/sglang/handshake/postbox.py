@@ -8,6 +8,7 @@ subject of their own: a reader of `sglang.bootstrap.>` is a responder in the bro
 
 import asyncio
 import contextlib
+import functools
 import logging
 import queue
 import threading
@@ -212,7 +213,21 @@ class Postbox:
 
     def _attach(self, resident: Resident) -> None:
         self._resident = resident
-        self._bus.spawn(self._bucket.watch(resident.route_changed))
+        self._bus.spawn(self._follow_routes(resident))
+
+    async def _follow_routes(self, resident: Resident) -> None:
+        self._routes = await self._bucket.watch(functools.partial(self._on_route, resident))
+
+    def _on_route(self, resident: Resident, key: str, row: bytes | None) -> None:
+        """A restarted broker has forgotten all rows: their owners, who are back in a moment, put them again."""
+        if row is None and self._calm(self._loop.time()):
+            self._loop.call_later(limits.PRESENCE_S, self._forget_route, resident, key)
+        else:
+            resident.route_changed(key, row)
+
+    def _forget_route(self, resident: Resident, key: str) -> None:
+        if key not in self._routes.values:
+            resident.route_changed(key, None)
 
     async def _drain(self) -> None:
         """Publish in the order of sending. What an outage swallows is sent again for want of a receipt."""
