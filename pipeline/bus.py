@@ -264,6 +264,10 @@ class Bus:
         and arrive in order or, from some point on, not at all."""
         return self._epoch
 
+    def doubt(self) -> None:
+        """Begin a new epoch: what was sent lately may be lost though the connection was not."""
+        self._epoch += 1
+
     def first_loss_after(self, moment_s: float) -> float | None:
         """When a connection was lost for the first time since then, on the monotonic clock."""
         return next((loss_s for loss_s in self._losses_s if loss_s >= moment_s), None)

@@ -30,6 +30,7 @@ NATS_URL_VARIABLE: Final = "NATS_URL"
 """The `nats` CLI's own variable; read where SGLANG_NATS_NATS is not set."""
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1024)]
+Replicas = Annotated[int, msgspec.Meta(ge=1, le=5)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Milliseconds = Annotated[float, msgspec.Meta(ge=0, le=600_000)]
 Retention = Annotated[float, msgspec.Meta(ge=0, le=7 * 86_400)]
@@ -70,6 +71,7 @@ class WorkerSettings(StageSettings, frozen=True, kw_only=True, forbid_unknown_fi
 
     worker: str  # unique name, a subject token
     nats: str = NATS_URL_DEFAULT
+    replicas: Replicas = 1  # of streams that this worker is the first to make: 3 in a cluster
     responses_kept_s: Retention = RESPONSES_KEPT_S
 
 
@@ -85,6 +87,7 @@ class NatsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     url: str | None = None  # None: one embedded in the topology
     port: Port = 0  # of the embedded one; 0 picks a free one
+    replicas: Replicas = 1  # of every stream: 3 in a cluster
 
 
 class TopologySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -124,6 +127,7 @@ class TopologySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             shared["model_path"] = group.model_path or self.model_path
         elif group.role == "preprocess":
             shared["models"] = group.models or models
+        shared["replicas"] = self.nats.replicas
         return WorkerSettings(worker=name, nats=url, responses_kept_s=self.responses_kept_s, **shared)
 
 

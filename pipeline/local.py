@@ -125,7 +125,7 @@ class LocalTopology:
             self._server.start()  # on this thread: the broker dies with the thread that started it
         self._bus = await Bus.connect(self.url, name="local")
         kept = streams.with_retention(self._topology.responses_kept_s)
-        await self._bus.provision(kept, streams.CONSUMERS, streams.BUCKETS)
+        await self._bus.provision(kept, streams.CONSUMERS, streams.BUCKETS, replicas=self._topology.nats.replicas)
         self._presence = Presence(self._bus)
         await self._presence.start()
         for settings, environment in self._topology.settings(self.url):

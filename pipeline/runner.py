@@ -29,7 +29,7 @@ import msgspec
 import structlog
 
 from pipeline import metrics
-from pipeline.bus import Bus, Delivery, Puller
+from pipeline.bus import Bus, Delivery, Puller, Received
 from pipeline.cancel import Cancellations
 from pipeline.errors import (
     AttemptsExhausted,
@@ -45,7 +45,7 @@ from pipeline.errors import (
 from pipeline.fence import BrokerAge, Fence
 from pipeline.lease import Lease, LeaseKeeper, LeaseLost
 from pipeline.stage import ACCEPTED, Emit, Stage, Task
-from subjects import names
+from subjects import names, streams
 from subjects.codec import decode, encode
 from subjects.limits import ATTEMPTS_MAX, FAILURES_MAX
 from subjects.messages import DeadLetter, Failure, PreprocessedRequest, Work
@@ -116,6 +116,8 @@ class Runner:
             assert puller is not None
             puller.add_credit()
 
+        if not self._pullers:
+            await self._bus.subscribe(f"{names.LEADER_ELECTED}.{streams.RESPONSES.name}", self._hear_election)
         puller = await self._bus.pull(consumer, take, credit=slots)
         self._pullers.append(puller)
 
@@ -128,6 +130,11 @@ class Runner:
         for running in self._running.values():
             running.end(HandOver())
         await self._idle.wait()
+
+    def _hear_election(self, _: Received) -> None:
+        """The log had no leader for a while, and live frames wait for no confirmation."""
+        self._bus.doubt()
+        self._bus.spawn(self._catch_up())
 
     async def _catch_up(self) -> None:
         """After an outage: let each task's log be whole before anyone else reads it."""

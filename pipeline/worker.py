@@ -62,7 +62,7 @@ class Worker:
         settings = self.settings
         self.bus = await Bus.connect(settings.nats, name=self.name, timeout_s=CONNECT_S_MAX)
         kept = streams.with_retention(settings.responses_kept_s)
-        await self.bus.provision(kept, streams.CONSUMERS, streams.BUCKETS)
+        await self.bus.provision(kept, streams.CONSUMERS, streams.BUCKETS, replicas=settings.replicas)
         self.leases = LeaseKeeper(settings.nats, self.name)
         await self.leases.start()
         self.cancellations = Cancellations(self.bus)
