@@ -19,6 +19,7 @@ import msgspec
 import uvloop
 from injection import Faults
 from load import MODEL, Load, Mixed, Results, misfit
+from partition import Proxy
 
 from pipeline.bus import Bus
 from pipeline.client import Client
@@ -69,20 +70,24 @@ async def run_chaos(folder: Path, *, seed: int, seconds: float, requests: int = 
     """Strike for `seconds`, and until so many requests are asked; then let everything end, and look."""
     server = NatsServer(folder / "nats")
     server.start()
+    proxy = Proxy(server)
     topology = load_topology("chaos")
-    settings = msgspec.structs.replace(topology, nats=msgspec.structs.replace(topology.nats, url=server.url))
+    nats = msgspec.structs.replace(topology.nats, url=await proxy.start())
     try:
-        async with running(settings, folder) as local:
+        async with running(msgspec.structs.replace(topology, nats=nats), folder) as local:
             await local.start()
             await local.until_ready()
-            return await _strike(local, server, seed=seed, seconds=seconds, requests=requests)
+            faults = Faults(local, server, proxy, seed)
+            return await _strike(local, server, faults, seed=seed, seconds=seconds, requests=requests)
     finally:
+        await proxy.close()
         server.kill()
 
 
-async def _strike(local: LocalTopology, server: NatsServer, *, seed: int, seconds: float, requests: int) -> Outcome:
+async def _strike(
+    local: LocalTopology, server: NatsServer, faults: Faults, *, seed: int, seconds: float, requests: int
+) -> Outcome:
     watching = asyncio.create_task(local.until_failed())
-    faults = Faults(local, server, seed)
     began_s = time.monotonic()
     async with Client.connect(server.url, client="chaos") as client:
         load = Load(client, seed, WORKER_SEEDS)

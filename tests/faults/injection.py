@@ -1,4 +1,4 @@
-"""Faults drawn from a seed: workers and the broker killed, frozen, drained and restarted."""
+"""Faults drawn from a seed: workers and the broker killed, frozen, drained, restarted and parted from each other."""
 
 import asyncio
 import os
@@ -7,20 +7,22 @@ from collections import Counter
 from contextlib import suppress
 from random import Random
 
+from partition import Proxy
+
 from pipeline.local import Child, LocalTopology
 from pipeline.nats_server import NatsServer
 
 FREEZE_S = (2.0, 12.0)
 BROKER_DOWN_S = (0.0, 2.0)
-WEIGHTS = {"kill": 5, "freeze": 5, "drain": 3, "broker_kill": 2, "broker_stop": 1, "broker_freeze": 1}
+WEIGHTS = {"kill": 5, "freeze": 5, "drain": 3, "part": 3, "broker_kill": 2, "broker_stop": 1, "broker_freeze": 1}
 
 
 class Faults:
-    """Strikes a topology over a broker that is not its own."""
+    """Strikes a topology over a broker that is not its own, which it reaches through a proxy."""
 
-    def __init__(self, local: LocalTopology, server: NatsServer, seed: int) -> None:
-        self._local, self._server, self._random = local, server, Random(seed)
-        self._struck: set[str] = set()  # frozen now
+    def __init__(self, local: LocalTopology, server: NatsServer, proxy: Proxy, seed: int) -> None:
+        self._local, self._server, self._proxy, self._random = local, server, proxy, Random(seed)
+        self._struck: set[str] = set()  # frozen or parted now
         self._running: set[asyncio.Task[None]] = set()
         self._broker_busy = False
         self.counts: Counter[str] = Counter()
@@ -58,6 +60,9 @@ class Faults:
         if kind == "freeze":
             self._spawn(self._freeze(child, seconds))
             return f"freeze {child.name} for {seconds:.1f} s"
+        if kind == "part":
+            self._spawn(self._part(child, seconds))
+            return f"part {child.name} from the broker for {seconds:.1f} s"
         child.process.send_signal(signal.SIGKILL if kind == "kill" else signal.SIGTERM)
         return f"{kind} {child.name}"
 
@@ -71,6 +76,13 @@ class Faults:
         finally:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
+            self._struck.discard(child.name)
+
+    async def _part(self, child: Child, seconds: float) -> None:
+        self._struck.add(child.name)
+        try:
+            await self._proxy.part(child.name, seconds)
+        finally:
             self._struck.discard(child.name)
 
     def _broker(self, kind: str) -> str | None:
