@@ -3,8 +3,12 @@
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+import aggregated_topology
+import disaggregated_topology
 import pytest
 import pytest_asyncio
+from aggregated_topology import Aggregated
+from disaggregated_topology import FLOAT32, Disaggregated
 from tokenizers import Tokenizer
 
 from pipeline.config import BUILTIN_MODEL
@@ -44,3 +48,18 @@ async def sglang(tokenizer: Tokenizer) -> AsyncIterator[StartedEngine]:
         yield StartedEngine(engine, await engine.start(), SETTINGS, tokenizer)
     finally:
         await engine.close()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def two_prefill(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Disaggregated]:
+    """Two prefill workers and a decode worker, started once for all tests that need one."""
+    settings = disaggregated_topology.topology(2, 1, **FLOAT32)
+    async with disaggregated_topology.started(settings, tmp_path_factory.mktemp("two-prefill")) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def two_engines(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Aggregated]:
+    """Two decode workers that do all, started once for all tests that need them."""
+    async with aggregated_topology.started(tmp_path_factory.mktemp("two-engines")) as running:
+        yield running

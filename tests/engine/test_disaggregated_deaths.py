@@ -3,28 +3,24 @@
 import asyncio
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-import pytest_asyncio
 from disaggregated_topology import (
     ANSWER_S_MAX,
-    FLOAT32,
     MODEL,
     READY_S_MAX,
     Disaggregated,
     kill,
     prompts,
     scheduler,
-    started,
-    topology,
     until,
 )
 
 from pipeline.local import Child
 
-pytestmark = [pytest.mark.full, pytest.mark.engine, pytest.mark.timeout(2400), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400), pytest.mark.asyncio(loop_scope="session")]
 
 PROMPT_TOKENS = 200
 MAX_TOKENS = 8
@@ -32,7 +28,7 @@ ADDED_S_MAX = 1.5
 SHARE_DONE = 0.3
 """How much of a prompt is computed when its worker is killed; that much is computed twice."""
 FIRST_LENGTH = 150
-KILLS = 2
+KILLS = 1
 KILLS_FULL = 10
 
 
@@ -50,12 +46,6 @@ class Death:
             f"| {self.how:<13} | {self.after_s:.2f} | {self.unclaimed_s:.2f} | {self.ttft_s:.2f} "
             f"| {self.ttft_s - usual_s:+.2f} |"
         )
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def two_prefill(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Disaggregated]:
-    async with started(topology(2, 1, **FLOAT32), tmp_path_factory.mktemp("two-prefill")) as running:
-        yield running
 
 
 async def timed(running: Disaggregated, prompt: list[int]) -> tuple[float, int]:
@@ -129,6 +119,7 @@ async def test_a_killed_prefill_worker_costs_a_pause(
     await deaths_in_prefill(two_prefill, KILLS, FIRST_LENGTH, capsys)
 
 
+@pytest.mark.full
 async def test_with_no_prefill_worker_up_a_request_waits_for_one(two_prefill: Disaggregated) -> None:
     """The one in mid-prefill, and one that was sent when nobody was there."""
     first, second = prompts([PROMPT_TOKENS + 50, 40])
