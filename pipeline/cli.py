@@ -163,6 +163,10 @@ def request(
     request_id: Annotated[
         str | None, typer.Option("--id", metavar="ID", help="Its id, for `resume` and `cancel`; the same id runs once.")
     ] = None,
+    traceparent: Annotated[
+        str | None, typer.Option(metavar="W3C", help="The trace that it belongs to; default: one of its own.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say its id and its trace.")] = False,
     frames: FramesOption = False,
     nats: NatsOption = None,
 ) -> None:
@@ -182,7 +186,16 @@ def request(
 
     from pipeline import look
 
-    raise typer.Exit(_run(look.ask(nats or config.nats_url(), model, fields, client=client, as_frames=frames)))
+    asking = look.ask(
+        nats or config.nats_url(),
+        model,
+        fields,
+        client=client,
+        as_frames=frames,
+        verbose=verbose,
+        traceparent=traceparent,
+    )
+    raise typer.Exit(_run(asking))
 
 
 def _request_fields(json_file: Path | None, prompt: str | None, system: str | None, raw: bool) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from pipeline.bus import Bus, Received, Subscription
 from pipeline.errors import InvalidRequest, Overloaded, PipelineError
 from pipeline.follow import Follower, LiveFrames, Output, Pause
 from pipeline.openai import identify
+from pipeline.tracing import TraceContext
 from subjects import headers, names, streams
 from subjects.codec import decode, encode
 from subjects.limits import CHOICES_MAX, REQUEST_S_DEFAULT
@@ -73,23 +74,28 @@ class Client:
         finally:
             await bus.close()
 
-    async def submit(self, *, model: str, **fields: Any) -> Submitted:
+    async def submit(self, *, model: str, traceparent: str | None = None, **fields: Any) -> Submitted:
         """Publish one request and leave: its answer can be read within the log's time with `resume`.
 
         `fields` are those of `subjects.messages.Request`. Raises what `generate` raises on publishing.
         """
         request_id, payload, _ = _encoded(fields)
-        return await self.publish(model, payload, request_id)
+        return await self.publish(model, payload, request_id, traceparent=traceparent)
 
-    async def publish(self, model: str, payload: bytes, request_id: str) -> Submitted:
+    async def publish(
+        self, model: str, payload: bytes, request_id: str, *, traceparent: str | None = None
+    ) -> Submitted:
         """Publish a request that is encoded already, under its own id: again under the same id it is not run twice.
 
-        That holds for `subjects.limits.DEDUPE_S`. Raises Overloaded, PayloadTooLarge, BusUnavailable.
+        That holds for `subjects.limits.DEDUPE_S`. `traceparent`: the caller's place in its trace (W3C Trace Context);
+        missing or malformed, a new trace begins. Raises Overloaded, PayloadTooLarge, BusUnavailable.
         """
         subject = names.REQUESTS.of(model=model)
+        context = TraceContext.parse(traceparent) or TraceContext.new()
+        about = {headers.CLIENT: self.name, headers.TRACEPARENT: context.traceparent}
         try:
             stored = await self._bus.publish_durable(
-                subject, payload, msg_id=f"{self.name}.{request_id}", headers={headers.CLIENT: self.name}
+                subject, payload, msg_id=f"{self.name}.{request_id}", headers=about
             )
         except Overloaded:
             metrics.OVERLOADED.labels(names.token(model)).inc()
@@ -97,7 +103,12 @@ class Client:
         return Submitted(request_id, stored.duplicate)
 
     async def generate(
-        self, *, model: str, on_duplicate: Callable[[str], None] | None = None, **fields: Any
+        self,
+        *,
+        model: str,
+        on_duplicate: Callable[[str], None] | None = None,
+        traceparent: str | None = None,
+        **fields: Any,
     ) -> AsyncIterator[Frame]:
         """Publish one request and yield its frames until each choice has ended.
 
@@ -105,6 +116,7 @@ class Client:
         nothing new (of a worker that lost its lease) are left out. A failed request yields a terminal frame
         with `error`. Closing the iterator early cancels the request. A request whose id was accepted before, running
         or finished, is not run again: `on_duplicate` is called with the id, and the frames are those of that run.
+        `traceparent`: see `publish`.
 
         Raises:
             InvalidRequest: `n` is out of its limits, so there is no telling how many frames end it.
@@ -119,7 +131,13 @@ class Client:
         left = True
         try:
             frames = self.run(
-                model, payload, request_id, request.n, deadline_unix_s=request.deadline, on_duplicate=on_duplicate
+                model,
+                payload,
+                request_id,
+                request.n,
+                deadline_unix_s=request.deadline,
+                on_duplicate=on_duplicate,
+                traceparent=traceparent,
             )
             async with contextlib.aclosing(frames):
                 async for frame in frames:
@@ -141,10 +159,11 @@ class Client:
         *,
         deadline_unix_s: float,
         on_duplicate: Callable[[str], None] | None = None,
+        traceparent: str | None = None,
     ) -> AsyncIterator[Frame]:
         """As `generate`, of a request that is encoded already. Closing the iterator early leaves it running."""
         with self._following(request_id, Output(choices), deadline_unix_s) as follower:
-            submitted = await self.publish(model, payload, request_id)
+            submitted = await self.publish(model, payload, request_id, traceparent=traceparent)
             if submitted.duplicate:
                 log.info("request_known", request_id=request_id, client=self.name)
                 if on_duplicate:

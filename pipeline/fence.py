@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Final
 
-from pipeline import provision
+from pipeline import provision, tracing
 from pipeline.bus import Bus, Delivery
 from pipeline.errors import BrokerRefused
 from pipeline.jetstream import WRONG_LAST_SEQ
@@ -99,7 +99,7 @@ class Fence:
             if last is not None:
                 attempt = max(attempt, decode(Frame, last.payload).attempt + 1)
             word = encode(Frame(request_id=request.request_id, attempt=attempt, worker=self._bus.name))
-            behind = {headers.EXPECTED_LAST_SEQ: str(last.seq if last else 0)}
+            behind = tracing.outgoing() | {headers.EXPECTED_LAST_SEQ: str(last.seq if last else 0)}
             try:
                 stored = await self._bus.publish_durable(self._owners, word, headers=behind, before=self.ready)
             except BrokerRefused as refusal:
@@ -108,7 +108,7 @@ class Fence:
                 continue  # another owner came in between; if it is not the last, our lease has ended
             self._owner_seq = stored.seq
             for emit in begin_frames(request, attempt, self._bus.name):
-                await self.publish(emit)
+                await self.publish(tracing.carried(emit))
             return attempt
 
     def check_lease(self) -> None:

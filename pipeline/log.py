@@ -15,6 +15,7 @@ Level = Literal["debug", "info", "warning", "error"]
 KEYS: Final = frozenset(
     {
         "request_id",
+        "trace_id",  # of what a task works on: pipeline.tracing binds it to every line
         "client",
         "model",
         "role",

@@ -4,17 +4,20 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Any, Final
 
 import msgspec
 
+from pipeline import spans
 from pipeline.bus import Bus
 from pipeline.client import Client
 from pipeline.errors import BrokerRefused, ConfigError
 from pipeline.presence import Presence
 from pipeline.screen import Answer, err, out, table
+from pipeline.tracing import TraceContext
 from subjects import names, streams
 from subjects.codec import Format, encode
 from subjects.messages import Frame, Request
@@ -26,15 +29,40 @@ CONNECT_S_MAX: Final = 3.0
 
 
 async def ask(
-    url: str, model: str | None, fields: dict[str, Any], *, client: str | None = None, as_frames: bool
+    url: str,
+    model: str | None,
+    fields: dict[str, Any],
+    *,
+    client: str | None = None,
+    as_frames: bool,
+    verbose: bool = False,
+    traceparent: str | None = None,
 ) -> int:
     """Send one request and print its answer; the exit code. Raises SetupError or Transient with a sentence."""
-    rest = dict(fields)
+    rest = {"request_id": uuid.uuid4().hex} | fields
     of_file, client_of_file = rest.pop("model", None), rest.pop("client", None)
     named = model or of_file or await _only_model(url)
     async with Client.connect(url, client=client or client_of_file) as asking:
-        answer = await stream_answer(asking, named, rest, as_frames=as_frames)
+        with _client_span(named, asking.name, traceparent) as context:
+            if verbose:
+                err.print(f"request {rest['request_id']} of client {asking.name}, trace {context.trace_id}", style="dim")
+            answer = await stream_answer(asking, named, rest, as_frames=as_frames, traceparent=context.traceparent)
+    if verbose:
+        err.print(f"its timeline: sglang-nats trace {rest['request_id']} --client {asking.name}", style="dim")
     return _told(answer)
+
+
+@contextlib.contextmanager
+def _client_span(model: str, client: str, traceparent: str | None) -> Iterator[TraceContext]:
+    """The request as its client sees it, exported where spans are; what the request's trace goes on from."""
+    spans.start("client", client)
+    about = {"gen_ai.operation.name": "chat", "gen_ai.provider.name": "sglang", "gen_ai.request.model": model}
+    span = spans.begin(f"chat {model}", TraceContext.parse(traceparent), about, kind="client")
+    try:
+        yield span.context
+    finally:
+        span.end()
+        spans.stop()
 
 
 async def resume(
@@ -48,7 +76,9 @@ async def resume(
     return _told(answer)
 
 
-async def stream_answer(client: Client, model: str, fields: dict[str, Any], *, as_frames: bool = False) -> Answer:
+async def stream_answer(
+    client: Client, model: str, fields: dict[str, Any], *, as_frames: bool = False, traceparent: str | None = None
+) -> Answer:
     """Send a request and print its frames as they come: one choice as a stream, several one after another.
 
     Raises ConfigError where `fields` are not those of a request.
@@ -57,7 +87,7 @@ async def stream_answer(client: Client, model: str, fields: dict[str, Any], *, a
         choices = msgspec.convert(fields, Request).n
     except msgspec.ValidationError as error:
         raise ConfigError(f"this is no request: {error}", field="json") from None
-    frames = client.generate(model=model, on_duplicate=_say_duplicate, **fields)
+    frames = client.generate(model=model, on_duplicate=_say_duplicate, traceparent=traceparent, **fields)
     return await _printed(frames, choices, as_frames=as_frames)
 
 

@@ -28,7 +28,7 @@ from typing import Any, Final
 import msgspec
 import structlog
 
-from pipeline import metrics
+from pipeline import metrics, tracing
 from pipeline.bus import Bus, Delivery, Puller, Received
 from pipeline.cancel import Cancellations
 from pipeline.errors import (
@@ -45,7 +45,8 @@ from pipeline.errors import (
 from pipeline.fence import BrokerAge, Fence
 from pipeline.lease import Lease, LeaseKeeper, LeaseLost
 from pipeline.stage import ACCEPTED, Emit, Stage, Task
-from subjects import names, streams
+from pipeline.task_trace import TaskTrace
+from subjects import headers, names, streams
 from subjects.codec import decode, encode
 from subjects.limits import ATTEMPTS_MAX, FAILURES_MAX
 from subjects.messages import DeadLetter, Failure, PreprocessedRequest, Work
@@ -68,6 +69,7 @@ class _Running:
     delivery: Delivery
     fence: Fence
     lease: Lease
+    trace: TaskTrace
     job: asyncio.Task[None]
     task: Task[Any] | None = None  # None: not read yet, or unreadable
     owned: bool = False
@@ -104,8 +106,9 @@ class Runner:
         def take(delivery: Delivery) -> None:
             lease = self._leases.hold(delivery, lambda: running.end(LeaseLost()))
             fence = Fence(self._bus, self._broker_age, delivery, lease)
+            trace = TaskTrace(self._stage.name, delivery)
             job = asyncio.create_task(self._work(delivery), name=f"{self._stage.name}.{delivery.stream_seq}")
-            running = self._running[delivery.ack_subject] = _Running(delivery, fence, lease, job)
+            running = self._running[delivery.ack_subject] = _Running(delivery, fence, lease, trace, job)
             self._idle.clear()
             job.add_done_callback(lambda _: finish(delivery))
 
@@ -147,13 +150,14 @@ class Runner:
     async def _work(self, delivery: Delivery) -> None:
         """One delivery, from its lease to its ack. Raises nothing."""
         started_s = time.monotonic()
+        running = self._running[delivery.ack_subject]
+        running.trace.enter()
         context = log.bind(
             stage=self._stage.name,
             subject=delivery.subject,
             stream_seq=delivery.stream_seq,
             attempt=delivery.attempt,
         )
-        running = self._running[delivery.ack_subject]
         try:
             await self._supersede(running)
             outcome = await self._outcome(running, context)
@@ -168,6 +172,7 @@ class Runner:
             outcome = "unsettled"
         finally:
             self._leases.release(running.lease)
+        running.trace.end(outcome, running.task and running.task.payload)
         if delivery.attempt > 1:
             metrics.REDELIVERIES.labels(self._stage.name).inc()
         metrics.STAGE_SECONDS.labels(self._stage.name, outcome).observe(time.monotonic() - started_s)
@@ -227,19 +232,22 @@ class Runner:
     async def _retry_failed(self, error: Exception, running: _Running, context: Any) -> str:
         """The task may be what broke the stage or its engine: another worker tries it, but not one after another."""
         delivery = running.delivery
-        failures = await self._count_failure(delivery, error)
+        failures = await self._count_failure(delivery, _identity(running.task)[0] if running.task else None, error)
         if failures >= FAILURES_MAX or delivery.attempt >= ATTEMPTS_MAX:
             return await self._give_up(running, _exhausted(failures, FAILURES_MAX, error), context)
         context.info("task_retried", code=type(error).__name__, reason=str(error))
         await running.fence.nak(RETRY_S)
         return "retried"
 
-    async def _count_failure(self, delivery: Delivery, error: Exception) -> int:
+    async def _count_failure(self, delivery: Delivery, request_id: str | None, error: Exception) -> int:
         """Note down that the task's stage or engine broke; how often that has happened, on whichever worker."""
         task = f"{delivery.stream}-{delivery.stream_seq}-{int(1e6 * delivery.stored_unix_s)}"
         subject = names.FAILED.of(stage=self._stage.name, task=task)
         failure = Failure(code=type(error).__name__, message=str(error), status=500)
-        stored = await self._bus.publish_durable(subject, encode(failure), msg_id=f"{task}.{delivery.consumer_seq}")
+        about = tracing.outgoing() | ({headers.REQUEST: request_id} if request_id else {})
+        stored = await self._bus.publish_durable(
+            subject, encode(failure), msg_id=f"{task}.{delivery.consumer_seq}", headers=about
+        )
         return (await self._bus.subjects_state(stored.stream, subject)).get(subject, 0)
 
     async def _answer_accepted(self, task: Task[Any], error: Exception, context: Any) -> str:
@@ -268,6 +276,7 @@ class Runner:
                         await self._accept(running)
                         continue
                     await self._publish(emit, running.fence)
+                    running.trace.note(emit.frame)
                     if emit.frame is not None and emit.frame.finish_reason:
                         task.ended.add(emit.frame.choice)
         except asyncio.CancelledError:
@@ -314,6 +323,7 @@ class Runner:
 
     async def _publish(self, emit: Emit, fence: Fence | None = None) -> None:
         """Frames stay behind their fence; other emits are known by their message id, whoever sends them."""
+        emit = tracing.carried(emit)
         if fence is not None:
             await fence.publish(emit)
         elif emit.msg_id is None:
@@ -341,12 +351,12 @@ class Runner:
             error=error.failure(),
             payload=delivery.payload,
             request_id=_identity(task)[0] if task else None,
-            headers=delivery.headers or {},
+            headers=(delivery.headers or {}) | tracing.outgoing(),
             died_unix_s=time.time(),
         )
         subject = names.DEAD.of(stage=self._stage.name, model=delivery.subject.split(".")[2])
         msg_id = f"dead.{delivery.stream}.{delivery.stream_seq}"
-        await self._bus.publish_durable(subject, encode(letter), msg_id=msg_id)
+        await self._bus.publish_durable(subject, encode(letter), msg_id=msg_id, headers=tracing.outgoing())
         if task:
             await self._publish_all(self._stage.answer(await self._own(running), error), running.fence)
         await running.fence.ack()

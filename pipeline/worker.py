@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 import uvloop
 
-from pipeline import metrics
+from pipeline import metrics, spans
 from pipeline.bus import Bus, Received
 from pipeline.cancel import Cancellations
 from pipeline.config import WorkerSettings
@@ -224,10 +224,13 @@ class Worker:
 def run_worker(settings: WorkerSettings) -> int:
     """Run a worker until it is told to stop; the process's exit code. Errors are printed as a sentence."""
     try:
+        spans.start(settings.role, settings.worker)
         uvloop.run(_serve(settings))
     except PipelineError as error:
         log.error("worker_failed", worker=settings.worker, code=error.code, reason=str(error))
         return 1
+    finally:
+        spans.stop()
     return 0
 
 

@@ -5,8 +5,11 @@ that the log already holds, so that the client sees one stream.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
+
+from msgspec.structs import replace
 
 from pipeline import metrics
 from pipeline.engine.disaggregated import DisaggregatedEngine
@@ -19,7 +22,7 @@ from pipeline.stage import Emit, Task, emit_frame, end_with_error, stage
 from pipeline.worker import Worker
 from subjects import streams
 from subjects.codec import NO_TOKENS
-from subjects.messages import Frame, PreprocessedRequest, Usage
+from subjects.messages import Frame, PreprocessedRequest, Timing, Usage
 
 FRAMES_AHEAD_MAX = 16
 """Frames of one choice that wait while another's are published."""
@@ -92,9 +95,16 @@ class _Steps:
         self._started = False
         self._held: list[EngineOutput] = []  # without streaming: all outputs until the last
         self._clock = metrics.TokenClock(task.payload.accepted_unix_s)
+        self._timing = Timing(
+            accepted_unix_s=task.payload.accepted_unix_s,
+            preprocessed_unix_s=task.stored_unix_s,
+            started_unix_s=time.time(),
+        )
 
     def frame(self, output: EngineOutput) -> Frame | None:
         self._clock.tick(len(output.token_ids))
+        if output.token_ids and self._timing.first_token_unix_s is None:
+            self._timing = replace(self._timing, first_token_unix_s=time.time())
         if not self._request.output.stream:
             self._held.append(output)
             if output.finish_reason is None:
@@ -114,9 +124,20 @@ class _Steps:
             matched_stop=output.matched_stop,
             usage=self._usage(output) if last else None,
             worker=self._worker if last or not self._started else None,
+            timing=self._timed(output) if last else None,
         )
         self._started = True
         return frame
+
+    def _timed(self, last: EngineOutput) -> Timing:
+        if (prefilled := last.prefilled) is None:
+            return self._timing
+        return replace(
+            self._timing,
+            prefill_worker=prefilled.worker,
+            prefill_claimed_unix_s=prefilled.claimed_unix_s,
+            kv_landed_unix_s=prefilled.kv_landed_unix_s,
+        )
 
     def _usage(self, last: EngineOutput) -> Usage:
         usage = Usage(
@@ -139,6 +160,7 @@ def _joined(outputs: list[EngineOutput]) -> EngineOutput:
         finish_reason=last.finish_reason,
         matched_stop=last.matched_stop,
         cached_tokens=last.cached_tokens,
+        prefilled=last.prefilled,
     )
 
 

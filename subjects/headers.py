@@ -8,7 +8,11 @@ CLIENT: Final = "Sglang-Client"
 DEADLINE: Final = "Sglang-Deadline"
 """Absolute deadline in seconds since the Unix epoch, e.g. "1790000000.5". Work past it is answered, not done."""
 TRACEPARENT: Final = "traceparent"
-"""W3C trace context; copied to every hop and frame."""
+"""W3C Trace Context, `00-<trace id>-<span id>-01`: on every hop, and on the frames that begin or end an attempt."""
+
+# Set by workers.
+REQUEST: Final = "Sglang-Request"
+"""On a failure that is noted down: the id of the request that the task belongs to."""
 
 # Set by the engines on handshake messages (`sglang.bootstrap.>`).
 HANDSHAKE_FROM: Final = "Sglang-From"
@@ -42,7 +46,9 @@ ALL: Final[dict[str, str]] = {
     CLIENT: "client -> preprocess: names the response subject's client part; default `anonymous`",
     DEADLINE: "client -> preprocess: absolute deadline, seconds since the Unix epoch; past it the request is answered "
     "with `deadline_exceeded`",
-    TRACEPARENT: "W3C trace context, copied to every hop and frame",
+    TRACEPARENT: "W3C Trace Context: client -> preprocess -> decode -> prefill -> claim, and on failures and on the "
+    "frames that begin or end an attempt; missing or malformed: a new trace begins",
+    REQUEST: "failures: the id of the request that the task belongs to, where it is known",
     HANDSHAKE_FROM: "handshake: the sending rank, `<worker>.<incarnation>.<rank>`",
     HANDSHAKE_SEQ: "handshake: `<seq>/<base>`, the place in the sender's row and the oldest message not given up",
     HANDSHAKE_PART: "handshake: `<part>/<parts>` of a message too large for one payload",

@@ -234,6 +234,21 @@ class Usage(Message, frozen=True, kw_only=True, omit_defaults=False):
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+class Timing(Message, frozen=True, kw_only=True):
+    """When a choice's last owner came how far, in seconds since the Unix epoch.
+
+    The first two are the broker's clock, `started` and the rest the decode worker's.
+    """
+
+    accepted_unix_s: float = 0.0  # the request was stored
+    preprocessed_unix_s: float = 0.0  # the tokenized task was stored
+    started_unix_s: float = 0.0  # this attempt began
+    first_token_unix_s: float | None = None  # of this attempt, streamed or not
+    prefill_worker: str | None = None
+    prefill_claimed_unix_s: float | None = None
+    kv_landed_unix_s: float | None = None
+
+
 class Frame(Message, frozen=True, kw_only=True):
     """A piece of one choice's output. The choice's last frame, and only that, has a `finish_reason`.
 
@@ -253,6 +268,7 @@ class Frame(Message, frozen=True, kw_only=True):
     usage: Usage | None = None  # with finish_reason
     error: Failure | None = None  # with finish_reason "error" or "abort"
     worker: str | None = None  # on an attempt's first frame and on the last
+    timing: Timing | None = None  # with finish_reason, of a choice that an engine worked on
 
 
 # --- KV events: engine -> routers, telemetry ---------------------------------------------------------

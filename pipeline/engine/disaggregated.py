@@ -16,9 +16,11 @@ from typing import Final
 import msgspec
 import structlog
 
+from pipeline import tracing
 from pipeline.bus import Bus, Received
 from pipeline.engine.protocol import Engine, EngineInfo, EngineOutput, EngineRequest, Room
 from pipeline.errors import BusUnavailable, NoResponders, PipelineError, PrefillLost, from_failure
+from pipeline.meeting import Meetings
 from subjects import names
 from subjects.codec import decode, encode
 from subjects.messages import Claim, Grant, Load, PrefillTask, Refusal
@@ -48,9 +50,11 @@ class DisaggregatedEngine:
     def __init__(self, engine: Engine, bus: Bus, worker: str, model: str) -> None:
         self._engine, self._bus, self._worker, self._model = engine, bus, worker, model
         self._offers: dict[int, _Offer] = {}  # by room
+        self._meetings = Meetings(bus, worker)
 
     async def listen(self) -> None:
         """Begin to answer claims."""
+        await self._meetings.listen()
         await self._bus.subscribe(names.CLAIM.of(worker=self._worker), self._hear_claim)
         await self._bus.subscribe(names.REFUSAL.of(worker=self._worker), self._hear_refusal)
 
@@ -78,12 +82,13 @@ class DisaggregatedEngine:
             try:
                 await self._publish(request, room)
                 claim = await offer.claim
-                meeting = Room(number=room, prefill_worker=claim.worker, prefill_incarnation=claim.incarnation)
-                work = replace(request, rid=f"{request.rid}.{number}", room=meeting)
+                meeting = self._meetings.begin(room, claim.worker)
+                place = Room(number=room, prefill_worker=claim.worker, prefill_incarnation=claim.incarnation)
+                work = replace(request, rid=f"{request.rid}.{number}", room=place)
                 async with aclosing(_unless_refused(self._engine.generate(work), offer.refusal)) as outputs:
                     async for output in outputs:
                         started = True
-                        yield output
+                        yield replace(output, prefilled=meeting.prefilled()) if output.finish_reason else output
                 return
             except PrefillLost as error:
                 if started:
@@ -106,7 +111,10 @@ class DisaggregatedEngine:
             output=request.output,
         )
         await self._bus.publish_durable(
-            names.PREFILL_ANY.of(model=self._model), encode(task), msg_id=f"{self._worker}.{room}"
+            names.PREFILL_ANY.of(model=self._model),
+            encode(task),
+            msg_id=f"{self._worker}.{room}",
+            headers=tracing.outgoing(),
         )
 
     def _hear_claim(self, received: Received) -> None:
@@ -184,9 +192,9 @@ class Claims:
         """Ask again where no answer came: it may be lost, and then the owner waits for this worker alone."""
         for _ in range(CLAIMS_MAX - 1):
             try:
-                return await self._bus.request(subject, claim)
+                return await self._bus.request(subject, claim, headers=tracing.outgoing())
             except NoResponders:
                 raise
             except BusUnavailable as error:
                 log.info("claim_unanswered", subject=subject, reason=str(error))
-        return await self._bus.request(subject, claim)
+        return await self._bus.request(subject, claim, headers=tracing.outgoing())

@@ -25,6 +25,15 @@ class Room:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prefilled:
+    """Who computed a prompt's KV in a room, and when, in seconds since the Unix epoch."""
+
+    worker: str
+    claimed_unix_s: float
+    kv_landed_unix_s: float | None = None  # None: not told
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineRequest:
     """One choice of one request, as an engine takes it."""
 
@@ -48,6 +57,7 @@ class EngineOutput:
     finish_reason: FinishReason | None = None  # set on the last step only
     matched_stop: int | str | None = None
     cached_tokens: int = 0  # on the last step: prompt tokens found in the KV cache
+    prefilled: Prefilled | None = None  # on the last step, with disaggregation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,15 @@ OUTPUT: Final = m.OutputOptions(
     stream=False, logprobs=True, top_logprobs=2, skip_special_tokens=False, no_stop_trim=True
 )
 USAGE: Final = m.Usage(prompt_tokens=31, completion_tokens=8, cached_tokens=16)
+TIMING: Final = m.Timing(
+    accepted_unix_s=1789999990.25,
+    preprocessed_unix_s=1789999990.5,
+    started_unix_s=1789999991.0,
+    first_token_unix_s=1789999991.5,
+    prefill_worker="prefill-0",
+    prefill_claimed_unix_s=1789999991.125,
+    kv_landed_unix_s=1789999991.375,
+)
 TEXT: Final = m.TextContent(text="What is the capital of France? 北京 🧑‍🚀")
 SCHEMA: Final = m.JsonSchema(name="answer", schema={"type": "object"}, description="d", strict=True)
 RESPONSE_FORMAT: Final = m.ResponseFormat(type="json_schema", json_schema=SCHEMA)
@@ -131,6 +140,7 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
         LOGPROBS,
         USAGE,
         FAILURE,
+        TIMING,
         m.Frame(
             request_id="r-1",
             choice=1,
@@ -144,6 +154,7 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             usage=USAGE,
             error=FAILURE,
             worker="decode-1",
+            timing=TIMING,
         ),
         m.Cancel(reason="changed my mind"),
         m.ControlRequest(arguments={"steps": 5}),
