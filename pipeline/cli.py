@@ -248,6 +248,20 @@ def resume(
 
 
 @app.command(rich_help_panel=ASK)
+def trace(
+    request_id: Annotated[str, typer.Argument(help="The request's id.")],
+    client: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Who asked; default: the only one with a request of this id.")
+    ] = None,
+    nats: NatsOption = None,
+) -> None:
+    """A request's timeline, from what the streams have of it: every hop, owner, gap and its end."""
+    from pipeline import trace as tracing
+
+    raise typer.Exit(_run(tracing.show(nats or config.nats_url(), request_id, client)))
+
+
+@app.command(rich_help_panel=ASK)
 def batch(
     file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Requests: OpenAI batch lines.")],
     output: Annotated[

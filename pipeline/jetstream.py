@@ -3,6 +3,7 @@
 Pure: bytes and subjects in, structs out. The wire formats are those of NATS ADR-1, ADR-15 and ADR-31.
 """
 
+from datetime import datetime
 from typing import Any, Final
 
 import msgspec
@@ -27,6 +28,7 @@ STATUS: Final = "Status"
 DESCRIPTION: Final = "Description"
 PENDING_MESSAGES: Final = "Nats-Pending-Messages"
 LAST_CONSUMER_SEQ: Final = "Nats-Last-Consumer"
+TIME_STAMP: Final = "Nats-Time-Stamp"
 
 NS: Final = 1_000_000_000
 
@@ -70,6 +72,12 @@ class StoredMessage(msgspec.Struct, frozen=True, gc=False):
     payload: bytes
     headers: dict[str, str] | None
     seq: int
+
+    @property
+    def stored_unix_s(self) -> float:
+        """When the broker stored it; 0 where it did not say."""
+        text = (self.headers or {}).get(TIME_STAMP)
+        return datetime.fromisoformat(text).timestamp() if text else 0.0
 
 
 class StreamState(msgspec.Struct, frozen=True):

@@ -45,7 +45,9 @@ async def ask(
     async with Client.connect(url, client=client or client_of_file) as asking:
         with _client_span(named, asking.name, traceparent) as context:
             if verbose:
-                err.print(f"request {rest['request_id']} of client {asking.name}, trace {context.trace_id}", style="dim")
+                err.print(
+                    f"request {rest['request_id']} of client {asking.name}, trace {context.trace_id}", style="dim"
+                )
             answer = await stream_answer(asking, named, rest, as_frames=as_frames, traceparent=context.traceparent)
     if verbose:
         err.print(f"its timeline: sglang-nats trace {rest['request_id']} --client {asking.name}", style="dim")

@@ -15,7 +15,7 @@ from typing import Any, Final, Generic, TypeVar
 from pipeline.errors import PipelineError
 from subjects import names
 from subjects.codec import Format, encode
-from subjects.messages import Frame, Message, PreprocessedRequest
+from subjects.messages import Frame, Message, PreprocessedRequest, Timing
 
 T = TypeVar("T")
 
@@ -112,6 +112,7 @@ def end_with_error(request: PreprocessedRequest, choice: int, error: PipelineErr
             attempt=attempt,
             finish_reason="abort" if failure.code == "cancelled" else "error",
             error=failure,
+            timing=Timing(accepted_unix_s=request.accepted_unix_s),
         ),
         request.reply_format,
     )

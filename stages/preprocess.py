@@ -14,7 +14,7 @@ from pipeline.worker import Worker
 from subjects import names, streams
 from subjects.codec import TokenIds
 from subjects.limits import PAYLOAD_BYTES_MAX
-from subjects.messages import Frame, Request
+from subjects.messages import Frame, Request, Timing
 
 INLINE_BYTES_MAX: Final = 4096
 """A payload up to this size is tokenized on the event loop: about 1 ms, less than two hops between threads cost
@@ -49,6 +49,7 @@ def answer(task: Task[bytes], error: PipelineError) -> Iterable[Emit]:
             choice=choice,
             finish_reason="abort" if failure.code == "cancelled" else "error",
             error=failure,
+            timing=Timing(accepted_unix_s=task.stored_unix_s),
         )
         yield emit_frame(identity.client, identity.request_id, frame, identity.reply_format)
 

@@ -268,7 +268,7 @@ class Frame(Message, frozen=True, kw_only=True):
     usage: Usage | None = None  # with finish_reason
     error: Failure | None = None  # with finish_reason "error" or "abort"
     worker: str | None = None  # on an attempt's first frame and on the last
-    timing: Timing | None = None  # with finish_reason, of a choice that an engine worked on
+    timing: Timing | None = None  # with finish_reason
 
 
 # --- KV events: engine -> routers, telemetry ---------------------------------------------------------

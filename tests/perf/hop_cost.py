@@ -7,6 +7,7 @@ Prints a table of medians with the spread over the rounds: the figures of docs/a
 
 import argparse
 import asyncio
+import functools
 import statistics
 import tempfile
 import time
@@ -17,7 +18,8 @@ import uvloop
 
 from pipeline.bus import Bus, Delivery, Received
 from pipeline.nats_server import NatsServer
-from subjects import limits
+from pipeline.tracing import TraceContext
+from subjects import headers, limits
 from subjects.codec import TokenIds, encode
 from subjects.messages import Frame
 from subjects.streams import ConsumerSpec, StreamSpec
@@ -34,6 +36,8 @@ STREAM = StreamSpec(
 )
 CONSUMER = ConsumerSpec(name="hops", stream="HOPS", filter_subject="hops.work")
 PAYLOAD = bytes(1_000)
+TRACED = {headers.TRACEPARENT: TraceContext.new().traceparent}
+BATCH = 16
 FRAME = encode(Frame(request_id="0" * 32, index=5, token_ids=TokenIds.of([7]), text=" word"))
 
 
@@ -108,11 +112,37 @@ async def request_reply(bus: Bus) -> float:
     return median_us(times)
 
 
+async def frame_cpu(bus: Bus, about: dict[str, str] | None) -> float:
+    """This process's CPU time for a token frame, sent and heard: batches as they leave when many requests stream."""
+    heard = 0
+    every = asyncio.Event()
+
+    def hear(_: Received) -> None:
+        nonlocal heard
+        heard += 1
+        if heard == SAMPLES * BATCH:
+            every.set()
+
+    subscription = await bus.subscribe("hops.log.frames", hear)
+    await bus.flush(timeout_s=5)
+    began = time.process_time()
+    for _ in range(SAMPLES):
+        for _ in range(BATCH):
+            await bus.publish("hops.log.frames", FRAME, headers=about)
+        await asyncio.sleep(0)
+    await asyncio.wait_for(every.wait(), 60)
+    spent = time.process_time() - began
+    await subscription.unsubscribe()
+    return 1e6 * spent / (SAMPLES * BATCH)
+
+
 HOPS: tuple[tuple[str, Callable[[Bus], Awaitable[float]]], ...] = (
     ("acknowledged publish to a file stream, 1 kB", acknowledged_publish),
     ("task published until pulled by a worker, 1 kB", work_queue_hop),
     ("token frame until a live subscriber has it", live_frame),
     ("request / reply", request_reply),
+    ("CPU of a token frame, sent and heard", functools.partial(frame_cpu, about=None)),
+    ("CPU of the same with a traceparent header", functools.partial(frame_cpu, about=TRACED)),
 )
 
 
