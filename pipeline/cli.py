@@ -298,6 +298,17 @@ def batch(
 
 
 @app.command(rich_help_panel=ASK)
+def top(
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
+    nats: NatsOption = None,
+) -> None:
+    """The whole pipeline live: workers, queues, rates, latencies, cache hits, errors."""
+    from pipeline import top as watching
+
+    raise typer.Exit(_run(watching.top(nats or config.nats_url(), once)))
+
+
+@app.command(rich_help_panel=ASK)
 def workers(nats: NatsOption = None) -> None:
     """Every worker: its role and model, whether it takes work, and its load."""
     from pipeline import look
