@@ -6,6 +6,7 @@ and consumers. No telemetry worker and no HTTP is needed.
 
 import asyncio
 import contextlib
+import os
 import sys
 import termios
 import time
@@ -33,7 +34,8 @@ FIRST_S: Final = 2.3
 """Two snapshots of every worker, of which a rate can be told."""
 MODELS_MAX: Final = 20
 """So many models, in the order of their names, are shown; each costs the broker some questions a second."""
-QUIT: Final = frozenset("qQ\x1b")
+QUIT: Final = frozenset(b"qQ")
+KEYS_MAX: Final = 64
 
 
 class Board:
@@ -157,7 +159,7 @@ def _keys(ended: asyncio.Event) -> Iterator[None]:
     before, loop = termios.tcgetattr(sys.stdin), asyncio.get_running_loop()
 
     def read() -> None:
-        if sys.stdin.read(1) in QUIT:
+        if QUIT.intersection(os.read(sys.stdin.fileno(), KEYS_MAX)):
             ended.set()
 
     tty.setcbreak(sys.stdin)

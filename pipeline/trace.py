@@ -252,7 +252,7 @@ def _waits(found: Found) -> Iterator[Event]:
     ended = bool(found.frames) and found.frames[-1].value.finish_reason is not None
     for work in found.work:
         detail = "its last owner has not settled it yet" if ended else f"waits or is worked on: {work.where}"
-        yield Event(work.unix_s, 1, "in the queue for decode", streams.WORK.name, detail)
+        yield Event(work.unix_s, 2, "in the queue for decode", streams.WORK.name, detail)
     for prompt in found.prompts:
         detail = f"room {prompt.value.room} waits for a claim: {prompt.where}"
         yield Event(prompt.unix_s, 3, "prefill offered", prompt.value.owner, detail)
