@@ -171,7 +171,12 @@ class Rates:
         self._windows: dict[tuple[str, str], tuple[str | None, Window]] = {}  # by role and worker, with the model
 
     def add(self, snapshot: MetricsSnapshot, now_s: float) -> None:
-        """Take a worker's snapshot in; a new worker beyond `WORKERS_MAX` is left out."""
+        """Take a worker's snapshot in; a new worker beyond `WORKERS_MAX` is left out.
+
+        Other processes' snapshots, an engine's for one, have none of our series and stay outside of its window.
+        """
+        if not any(family.name.startswith(PREFIX) for family in snapshot.families):
+            return
         key = (snapshot.role, snapshot.worker)
         if key in self._windows or len(self._windows) < WORKERS_MAX:
             _, window = self._windows.setdefault(key, (snapshot.model, Window()))

@@ -6,6 +6,7 @@ time-outs, batches) itself. Attributes are those of the semantic conventions for
 """
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS: Final = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 PROTOCOL: Final = "http/protobuf"
-FLUSH_MS_MAX: Final = 2_000
+CLOSE_S_MAX: Final = 3.0
 NS: Final = 1_000_000_000
 
 Attribute = str | bool | int | float | Sequence[str]
@@ -75,9 +76,10 @@ class Exporter:
         return Span(TraceContext(f"{its.trace_id:032x}", f"{its.span_id:016x}", flags), span)
 
     def close(self) -> None:
-        """Send what waits, within `FLUSH_MS_MAX`."""
-        self._provider.force_flush(FLUSH_MS_MAX)
-        self._provider.shutdown()
+        """Send what waits, within `CLOSE_S_MAX`; the SDK itself tries for half a minute where nobody answers."""
+        closing = threading.Thread(target=self._provider.shutdown, name="spans", daemon=True)
+        closing.start()
+        closing.join(CLOSE_S_MAX)
 
 
 def _otel(context: TraceContext):
@@ -120,7 +122,7 @@ def start(role: str, instance: str, to: "SpanExporter | None" = None) -> None:
 
 
 def stop() -> None:
-    """Export what waits, and nothing from now on. May take seconds where the collector does not answer."""
+    """Export what waits, and nothing from now on."""
     global _exporter
     exporter, _exporter = _exporter, None
     if exporter is not None:

@@ -161,31 +161,30 @@ class Search:
         found.owners = [one async for one in self._all(streams.RESPONSES, names.OWNERS.of(**parts), Frame)]
 
     async def _all(self, stream: streams.StreamSpec, subject: str, kind: type[M]) -> AsyncIterator[Stored[M]]:
-        """The newest messages on a subject, at most `SCANNED_MAX` of the stream where many subjects match."""
-        async for one in self._bus.read(stream.name, subject, from_seq=await self._from_seq(stream, subject)):
+        """The messages on a subject of this request."""
+        async for one in self._bus.read(stream.name, subject):
             yield _stored(one, decode(kind, one.payload))
 
-    async def _from_seq(self, stream: streams.StreamSpec, subject: str) -> int:
-        if "*" not in subject:
-            return 1
-        state = await self._bus.stream_state(stream.name)
-        return max(1, state.last_seq - SCANNED_MAX)
+    async def _newest(self, stream: streams.StreamSpec, subject: str) -> AsyncIterator[StoredMessage]:
+        """The newest messages of a stream whose subjects do not name requests, at most `SCANNED_MAX`."""
+        from_seq = (await self._bus.stream_state(stream.name)).last_seq - SCANNED_MAX
+        async for one in self._bus.read(stream.name, subject, from_seq=max(1, from_seq)):
+            yield one
 
     async def _failures(self, trace_id: str | None) -> AsyncIterator[Stored[Failure]]:
         """By the request's id, or, of a payload that nobody could read, by its trace."""
-        spec = streams.FAILED
-        async for one in self._bus.read(spec.name, names.FAILED.any(), from_seq=await self._from_seq(spec, "*")):
-            said, stored = one.headers or {}, _stored(one, None)
-            same = said.get(headers.REQUEST, self._request_id if stored.trace_id == trace_id else None)
-            if trace_id and same == self._request_id:
+        async for one in self._newest(streams.FAILED, names.FAILED.any()):
+            of, stored = (one.headers or {}).get(headers.REQUEST), _stored(one, None)
+            if of == self._request_id or (of is None and trace_id is not None and stored.trace_id == trace_id):
                 stage = (names.FAILED.parse(one.subject) or {}).get("stage", "")
                 yield Stored(stored.unix_s, decode(Failure, one.payload), one.seq, stage, stored.trace_id)
 
     async def _letters(self) -> AsyncIterator[Stored[DeadLetter]]:
-        async for letter in self._all(streams.DEAD, names.DEAD.any(), DeadLetter):
-            of = letter.value.request_id or identify(letter.value.payload, letter.value.headers, 0).request_id
+        async for one in self._newest(streams.DEAD, names.DEAD.any()):
+            letter = decode(DeadLetter, one.payload)
+            of = letter.request_id or identify(letter.payload, letter.headers, letter.stream_seq).request_id
             if of == self._request_id:
-                yield letter
+                yield _stored(one, letter)
 
 
 def _take_waiting(found: Found, one: Stored[Any]) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -200,6 +201,15 @@ class Collector(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: object) -> None: ...
+
+
+def test_a_collector_that_does_not_answer_does_not_hold_up_the_end(monkeypatch):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    spans.start("decode", "d0")
+    spans.begin("decode", None).end()
+    began_s = time.monotonic()
+    spans.stop()
+    assert time.monotonic() - began_s < spans.CLOSE_S_MAX + 2
 
 
 def test_spans_reach_a_collector_over_http(monkeypatch):

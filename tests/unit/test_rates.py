@@ -3,11 +3,10 @@
 import math
 
 import pytest
-from prometheus_client import CollectorRegistry
 
 from pipeline import metrics
 from pipeline.rates import SNAPSHOTS_MAX, WINDOW_S, WORKERS_MAX, Figures, Rates, Window, figures_of, quantile
-from subjects.messages import MetricsSnapshot, Usage
+from subjects.messages import MetricFamily, MetricsSnapshot, Usage
 
 
 def snapshot(worker: str = "d0", model: str = "m") -> MetricsSnapshot:
@@ -59,8 +58,7 @@ def test_a_window_forgets_what_is_old_and_all_of_a_process_that_began_anew():
 
 
 def test_a_model_s_speed_is_the_sum_over_its_workers_and_silent_ones_are_forgotten():
-    empty = CollectorRegistry()
-    rates, nothing = Rates(), MetricsSnapshot(worker="", role="decode", families=metrics.snapshot(empty))
+    rates = Rates()
 
     def tell(worker: str, model: str, now_s: float) -> None:
         rates.add(MetricsSnapshot(worker=worker, role="decode", model=model, families=metrics.snapshot()), now_s)
@@ -79,9 +77,15 @@ def test_a_model_s_speed_is_the_sum_over_its_workers_and_silent_ones_are_forgott
     rates.forget_silent(6.0, silence_s=3.0)
     assert rates.speed("b").tokens_per_s is None
     for number in range(2 * WORKERS_MAX):
-        rates.add(replace_worker(nothing, f"w{number}"), 6.0)
+        rates.add(MetricsSnapshot(worker=f"w{number}", role="decode", families=metrics.snapshot()[:1]), 6.0)
     assert len(rates._windows) == WORKERS_MAX
 
 
-def replace_worker(snapshot: MetricsSnapshot, worker: str) -> MetricsSnapshot:
-    return MetricsSnapshot(worker=worker, role=snapshot.role, families=snapshot.families)
+def test_an_engine_s_own_series_leave_its_worker_s_window_alone():
+    rates = Rates()
+    rates.add(snapshot(), 0.0)
+    metrics.TTFT_SECONDS.observe(0.1)
+    family = MetricFamily(name="sglang:num_running_reqs", help="h", type="gauge", samples=())
+    rates.add(MetricsSnapshot(worker="d0", role="decode", model="m", families=(family,)), 1.0)
+    rates.add(snapshot(), 2.0)
+    assert rates.speed("m").tokens_per_s == 0.5
