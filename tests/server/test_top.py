@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import sys
+import termios
 import time
 
 import pytest
@@ -136,6 +137,7 @@ async def test_where_there_is_little_room_the_workers_that_need_a_look_are_shown
 async def test_on_a_terminal_q_ends_it_and_the_terminal_is_as_before(pipeline, nats_server):
     """The command itself, on a pseudo-terminal."""
     ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "pipeline.cli", "top", "--nats", nats_server.url),
         stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
@@ -149,10 +151,12 @@ async def test_on_a_terminal_q_ends_it_and_the_terminal_is_as_before(pipeline, n
             while b"q quits" not in seen:
                 await pipeline.beat("d0", ready=True)
                 seen += await grew.get()
+            assert termios.tcgetattr(theirs) != before, "keys are read as they are pressed"
             os.write(ours, b"xq")
             while b"\x1b[?1049l" not in seen:  # the alternate screen is left
                 seen += await grew.get()
             assert await process.wait() == 0
+        assert termios.tcgetattr(theirs) == before
     finally:
         loop.remove_reader(ours)
         if process.returncode is None:
