@@ -13,7 +13,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from pipeline import spans
+from pipeline import look, spans, trace
 from pipeline.bus import Bus
 from pipeline.cancel import Cancellations
 from pipeline.chat import ChatTokenizer, LoadedModel
@@ -189,6 +189,21 @@ async def test_every_hop_and_log_line_has_the_trace_of_a_request_that_named_none
     with_it = [names.RESPONSES.parse(one.subject) is not None for one in heard[1:] if one.headers]
     assert with_it == [False, False, False, True, True], "task, prompt, claim, first and last frame"
     assert len(heard) > 1 + len(with_it), "frames between them have none"
+
+
+async def test_a_person_asks_and_then_sees_where_the_time_went(pipeline, exported, capsys):
+    fields = {"prompt": "hi", "max_tokens": 4, "ignore_eos": True, "request_id": "r3"}
+    assert await look.ask(pipeline, MODEL, fields, client="me", as_frames=False, verbose=True) == 0
+    said = capsys.readouterr().err
+    assert "request r3 of client me, trace " in said
+    trace_id = said.split(", trace ")[1].split()[0]
+    assert await trace.show(pipeline, "r3", None) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"Request r3 of client me, trace {trace_id}\n")
+    steps = ("accepted", "preprocessed", "started", "prefill claimed", "KV landed", "first token", "ended: length")
+    places = [told.index(step) for step in steps]
+    assert sorted(places) == places
+    assert "not known" not in told
 
 
 class Collector(BaseHTTPRequestHandler):
