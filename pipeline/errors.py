@@ -126,6 +126,10 @@ class PrefillLost(Transient):
     code, status = "prefill_lost", 503
 
 
+class WorkerGone(Transient):
+    code, status = "worker_gone", 503
+
+
 class BusUnavailable(Transient):
     code, status = "bus_unavailable", 503
 

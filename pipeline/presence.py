@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,7 +17,7 @@ import msgspec
 import structlog
 
 from pipeline.bus import Bucket, Bus, Received, Subscription, Watch
-from pipeline.errors import BusUnavailable, Overloaded
+from pipeline.errors import BusUnavailable, Overloaded, WorkerGone
 from subjects import names, streams
 from subjects.codec import decode, encode
 from subjects.limits import HEARTBEAT_S, PRESENCE_S
@@ -76,6 +76,7 @@ class Presence:
         self._known: dict[tuple[str, str], _Known] = {}  # by role and worker
         self._models_seen: dict[str, None] = {}
         self._on_down: list[OnDown] = []
+        self._clocks: dict[str, set[asyncio.Timeout]] = {}  # of what lasts while a worker is up
         self._changed = asyncio.Event()
         self._clocks_from_s = 0.0
         self._watch: Watch | None = None
@@ -102,6 +103,24 @@ class Presence:
             await self._watch.stop()
         if self._subscription:
             await self._subscription.unsubscribe()
+
+    @contextlib.asynccontextmanager
+    async def while_up(self, worker: str) -> AsyncIterator[None]:
+        """Break the block off when the worker goes down. Raises WorkerGone."""
+        try:
+            async with asyncio.timeout(None) as clock:
+                clocks = self._clocks.setdefault(worker, set())
+                clocks.add(clock)
+                try:
+                    yield
+                finally:
+                    clocks.discard(clock)
+                    if not clocks and self._clocks.get(worker) is clocks:
+                        del self._clocks[worker]
+        except TimeoutError:
+            if not clock.expired():
+                raise
+            raise WorkerGone(f"{worker} went down") from None
 
     def on_down(self, callback: OnDown) -> None:
         """Call when a worker's heartbeats stop, it takes its leave, or another incarnation takes its name."""
@@ -214,6 +233,8 @@ class Presence:
             return
         known.down = True
         log.warning("worker_down", role=key[0], worker=key[1], reason=why)
+        for clock in self._clocks.pop(key[1], ()):
+            clock.reschedule(0)
         for callback in list(self._on_down):
             try:
                 callback(key[1], known.heartbeat.incarnation)

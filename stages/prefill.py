@@ -7,7 +7,8 @@ import structlog
 
 from pipeline.engine.disaggregated import Claims
 from pipeline.engine.protocol import Engine, EngineRequest
-from pipeline.errors import BusUnavailable, NoResponders, Permanent, PipelineError
+from pipeline.errors import BusUnavailable, NoResponders, Permanent, PipelineError, WorkerGone
+from pipeline.presence import Presence
 from pipeline.stage import ACCEPTED, Emit, Task, stage
 from pipeline.worker import Worker
 from subjects import names, streams
@@ -24,7 +25,7 @@ def answer(task: Task[PrefillTask], error: PipelineError) -> Iterable[Emit]:
 
 
 @stage(name="prefill", takes=PrefillTask, answer=answer)
-async def prefill(task: Task[PrefillTask], engine: Engine, claims: Claims) -> AsyncIterator[Emit]:
+async def prefill(task: Task[PrefillTask], engine: Engine, claims: Claims, presence: Presence) -> AsyncIterator[Emit]:
     """Claim the room first: a cancelled, expired or already claimed room costs one message.
 
     From the claim on the owner watches over the room, so the task itself is done: a redelivery could only be
@@ -53,9 +54,12 @@ async def prefill(task: Task[PrefillTask], engine: Engine, claims: Claims) -> As
         deadline_unix_s=work.deadline_unix_s,
         room=room,
     )
-    async with aclosing(engine.generate(request)) as outputs:
-        async for _ in outputs:  # the first token goes to decode with the KV
-            pass
+    try:
+        async with presence.while_up(work.owner), aclosing(engine.generate(request)) as outputs:
+            async for _ in outputs:  # the first token goes to decode with the KV
+                pass
+    except WorkerGone:  # it may not even have named its pages, for which the engine would wait
+        log.info("owner_gone", room=work.room, request_id=work.request_id, worker=work.owner)
 
 
 async def serve(worker: Worker) -> None:
@@ -65,4 +69,6 @@ async def serve(worker: Worker) -> None:
     await worker.bus.ensure_consumer(consumer)
     await worker.publish_card()
     claims = Claims(worker.bus, worker.name, worker.incarnation)
-    await worker.run(prefill.bind(engine=engine, claims=claims), [consumer], slots=worker.slots)
+    await worker.run(
+        prefill.bind(engine=engine, claims=claims, presence=worker.presence), [consumer], slots=worker.slots
+    )

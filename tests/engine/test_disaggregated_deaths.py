@@ -30,6 +30,7 @@ SHARE_DONE = 0.3
 FIRST_LENGTH = 150
 KILLS = 1
 KILLS_FULL = 10
+PREFILL_FREE_S_MAX = 30.0
 
 
 @dataclass(frozen=True)
@@ -165,13 +166,16 @@ async def decode_dies(running: Disaggregated) -> None:
     kill(victim)
     killed_s = time.monotonic()
 
+    async def held_by_prefill() -> list[str]:
+        return [line for child in running.children("prefill") for line in await running.held(child)]
+
     async def prefill_is_free() -> bool:
-        return not [line for child in running.children("prefill") for line in await running.held(child)]
+        return not await held_by_prefill()
 
     await asyncio.gather(streaming, computing)
     assert [tokens, computing.result()] == wanted
     await until_restarted(running, victim, restarts)
-    await until(prefill_is_free, 30)
+    await until(prefill_is_free, PREFILL_FREE_S_MAX, held_by_prefill)
     print(f"both answers were whole {time.monotonic() - killed_s:.1f} s after the kill")
     await running.until_quiet()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from pipeline.errors import WorkerGone
 from pipeline.presence import Announcer, Presence
 from subjects import names, streams
 from subjects.codec import encode
@@ -202,6 +203,28 @@ async def test_a_new_incarnation_ends_the_old_one(presence, other, log):
     await new.announcer.publish_card(new.card())
     assert await presence.wait_ready("m", timeout_s=SOON_S)
     assert log.items == [("w1", "i1")]
+
+
+async def test_what_lasts_while_a_worker_is_up_ends_with_it(presence, other):
+    lasting = asyncio.Event()
+
+    async def last(worker: str) -> None:
+        async with presence.while_up(worker):
+            lasting.set()
+            await asyncio.Event().wait()
+
+    leaving, staying = [await Worker(other, name).begin() for name in ("w1", "w2")]
+    assert await presence.wait_ready("m", timeout_s=SOON_S)
+    async with presence.while_up("w1"):
+        pass
+    tasks = [asyncio.create_task(last(name)) for name in ("w1", "w1", "w2")]
+    await asyncio.wait_for(lasting.wait(), SOON_S)
+    await leaving.announcer.close()
+    done, going_on = await asyncio.wait(tasks, timeout=SOON_S)
+    assert done == set(tasks[:2]) and all(isinstance(task.exception(), WorkerGone) for task in done)
+    await staying.vanish()
+    with pytest.raises(WorkerGone, match="w2"):
+        await asyncio.wait_for(going_on.pop(), PRESENCE_S + SOON_S)
 
 
 async def test_a_worker_that_comes_back_is_up_again(presence, other, log):

@@ -27,6 +27,7 @@ from pipeline.engine.simulated import SimulatedEngine
 from pipeline.lease import LeaseKeeper
 from pipeline.models import prepare_model
 from pipeline.nats_server import NatsServer
+from pipeline.presence import Presence
 from pipeline.responses import StreamLog
 from pipeline.runner import Runner
 from pipeline.stage import Stage
@@ -96,7 +97,8 @@ async def pipeline(nats_server: NatsServer) -> AsyncIterator[str]:
 
     await run(preprocess.bind(models=OneModel()), streams.PREPROCESS)
     await run(decode.bind(engine=owner, responses=StreamLog(bus), worker="d0"), streams.decode_any(MODEL))
-    await run(prefill.bind(engine=engines[1], claims=Claims(bus, "p0", "i")), streams.prefill_any(MODEL))
+    claims, presence = Claims(bus, "p0", "i"), Presence(bus)
+    await run(prefill.bind(engine=engines[1], claims=claims, presence=presence), streams.prefill_any(MODEL))
     yield nats_server.url
     for runner in runners:
         await runner.drain(timeout_s=WAIT_S)
