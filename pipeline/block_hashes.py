@@ -1,0 +1,110 @@
+"""Hashes of a prompt's KV blocks, equal to those in SGLang's KV events.
+
+The hash of a block is the first 8 bytes of SHA-256 over its parent's full digest and its token ids as little-endian u32, read
+as a signed big-endian integer (`get_hash_str` and `hash_str_to_int64` in sglang/srt/mem_cache/utils.py). So a hash
+stands for all tokens from the first on. `tests/engine/test_block_hashes.py` holds this against SGLang.
+
+SGLang seeds the chain with a request's `cache_salt` and leaves its `extra_key` out; the pipeline sends neither. With EAGLE
+speculative decoding it hashes pairs of tokens: those blocks match no prompt here, and routing goes by load.
+"""
+
+import hashlib
+import sys
+from array import array
+from collections import OrderedDict
+from typing import Final
+
+import msgspec
+
+from subjects.codec import TokenIds
+
+TOKEN_BYTES: Final = 4
+LANDMARK_TOKENS: Final = 16
+"""Blocks smaller than this are looked up one in so many tokens (docs/adr/0005)."""
+PIECE_TOKENS: Final = 64
+PIECES_MAX: Final = 16_384
+"""A million tokens of prompts whose hashes are remembered: 15 MB."""
+
+
+def block_hashes(token_ids: TokenIds, block_tokens: int) -> list[int]:
+    """i64[num_tokens // block_tokens]: the hashes of the whole blocks."""
+    whole_bytes = len(token_ids) // block_tokens * block_tokens * TOKEN_BYTES
+    return _chain(b"", token_ids.raw[:whole_bytes], block_tokens)[1]
+
+
+def _chain(digest: bytes, raw: bytes, block_tokens: int) -> tuple[bytes, list[int]]:
+    """Go on from a block's digest through the whole blocks of `raw`: the last digest, and each block's hash."""
+    sha256, block_bytes = hashlib.sha256, block_tokens * TOKEN_BYTES
+    heads = bytearray()
+    for start in range(0, len(raw), block_bytes):
+        digest = sha256(digest + raw[start : start + block_bytes]).digest()
+        heads += digest[:8]
+    words = array("q", heads)
+    if sys.byteorder == "little":
+        words.byteswap()
+    return digest, words.tolist()
+
+
+def landmark_mask(block_tokens: int) -> int:
+    """A block is a landmark where these bits of its hash are all 0: about one in `LANDMARK_TOKENS` tokens.
+
+    Large blocks are all landmarks. The rule needs the hash alone, so whoever sees an event and whoever sees a prompt
+    choose the same blocks.
+    """
+    spacing = max(1, LANDMARK_TOKENS // block_tokens)
+    return (1 << (spacing.bit_length() - 1)) - 1
+
+
+class Landmarks(msgspec.Struct, frozen=True):
+    """The blocks of a prompt that are looked up, in order."""
+
+    hashes: list[int]
+    ends: list[int]  # how many tokens each covers, from the first on
+
+
+class _Piece(msgspec.Struct, frozen=True, gc=False):
+    """What is remembered of `PIECE_TOKENS` tokens."""
+
+    digest: bytes  # of its last block
+    hashes: tuple[int, ...]  # of its landmarks
+    ends: tuple[int, ...]  # in tokens, from its first on
+
+
+class PromptHasher:
+    """Hashes prompts for lookup, and remembers what it hashed: prompts that share a prefix are why there is an index.
+
+    At a block of one token SHA-256 over 4k tokens takes milliseconds; remembered pieces take a hundredth of it.
+    """
+
+    def __init__(self, pieces_max: int = PIECES_MAX) -> None:
+        self._pieces: OrderedDict[tuple[int, bytes, bytes], _Piece] = OrderedDict()  # the least recently used first
+        self._pieces_max = pieces_max
+
+    def landmarks(self, token_ids: TokenIds, block_tokens: int) -> Landmarks:
+        """The landmarks among the blocks that a prompt may find cached: an engine always computes its last token."""
+        raw = token_ids.raw
+        piece_tokens = max(1, PIECE_TOKENS // block_tokens) * block_tokens
+        whole_bytes = max(0, len(token_ids) - 1) // block_tokens * block_tokens * TOKEN_BYTES
+        found = Landmarks([], [])
+        digest, piece_bytes = b"", piece_tokens * TOKEN_BYTES
+        for start in range(0, whole_bytes, piece_bytes):
+            piece = self._piece(digest, raw[start : min(start + piece_bytes, whole_bytes)], block_tokens)
+            digest, before = piece.digest, start // TOKEN_BYTES
+            found.hashes.extend(piece.hashes)
+            found.ends.extend([before + end for end in piece.ends])
+        return found
+
+    def _piece(self, digest: bytes, raw: bytes, block_tokens: int) -> _Piece:
+        key = (block_tokens, digest, raw)
+        piece = self._pieces.get(key)
+        if piece is not None:
+            self._pieces.move_to_end(key)
+            return piece
+        last, hashes = _chain(digest, raw, block_tokens)
+        mask = landmark_mask(block_tokens)
+        at = [index for index, block in enumerate(hashes) if not block & mask]
+        piece = _Piece(last, tuple([hashes[i] for i in at]), tuple([(i + 1) * block_tokens for i in at]))
+        self._pieces[key] = piece
+        if len(self._pieces) > self._pieces_max:
+            self._pieces.popitem(last=False)
+        return piece

@@ -1,0 +1,25 @@
+"""Our block hashes are SGLang's: computed by its own functions, without an engine."""
+
+import random
+
+import pytest
+
+from pipeline.engine.sglang import cpu_platform
+
+cpu_platform.prepare()
+from sglang.srt.mem_cache.utils import get_hash_str, hash_str_to_int64  # noqa: E402
+
+from pipeline.block_hashes import block_hashes  # noqa: E402
+from subjects.codec import TokenIds  # noqa: E402
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.mark.parametrize("block_tokens", [1, 16, 64])
+def test_hashes_are_sglangs(block_tokens: int):
+    tokens = random.Random(block_tokens).choices(range(150_000), k=64 * 5 + 3)
+    tokens[7] = 2**32 - 1
+    whole = tokens[: len(tokens) // block_tokens * block_tokens]
+    theirs = [hash_str_to_int64(digest) for digest in get_hash_str(whole, page_size=block_tokens)]
+    assert block_hashes(TokenIds.of(tokens), block_tokens) == theirs
+    assert any(block < 0 for block in theirs) and any(block > 0 for block in theirs)
