@@ -1,11 +1,11 @@
 """Hashes of a prompt's KV blocks, equal to those in SGLang's KV events.
 
-The hash of a block is the first 8 bytes of SHA-256 over its parent's full digest and its token ids as little-endian u32, read
-as a signed big-endian integer (`get_hash_str` and `hash_str_to_int64` in sglang/srt/mem_cache/utils.py). So a hash
-stands for all tokens from the first on. `tests/engine/test_block_hashes.py` holds this against SGLang.
+The hash of a block is the first 8 bytes of SHA-256 over its parent's full digest and its token ids as little-endian
+u32, read as a signed big-endian integer (`get_hash_str` and `hash_str_to_int64` in sglang/srt/mem_cache/utils.py). So a
+hash stands for all tokens from the first on. `tests/engine/test_block_hashes.py` holds this against SGLang.
 
-SGLang seeds the chain with a request's `cache_salt` and leaves its `extra_key` out; the pipeline sends neither. With EAGLE
-speculative decoding it hashes pairs of tokens: those blocks match no prompt here, and routing goes by load.
+SGLang seeds the chain with a request's `cache_salt` and leaves its `extra_key` out; the pipeline sends neither. With
+EAGLE speculative decoding it hashes pairs of tokens: those blocks match no prompt here, and routing goes by load.
 """
 
 import hashlib
