@@ -36,6 +36,8 @@ Milliseconds = Annotated[float, msgspec.Meta(ge=0, le=600_000)]
 Retention = Annotated[float, msgspec.Meta(ge=0, le=7 * 86_400)]
 """How long frames can be read again, in seconds; 0: no longer than the pipeline needs them. Equal at every worker."""
 Slots = Annotated[int, msgspec.Meta(ge=0, le=65_536)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Weight = Annotated[float, msgspec.Meta(ge=0, le=1000)]
 T = TypeVar("T")
 
 
@@ -49,6 +51,21 @@ class SimulatedSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     max_running_requests: Annotated[int, msgspec.Meta(ge=1)] = 64
     eos_after_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0  # 0: runs to max_tokens
     disaggregation: Literal["aggregated", "prefill", "decode"] = "aggregated"
+
+
+class RoutingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How workers are ranked for a prompt (docs/adr/0005). Costs are counted in prompt tokens to compute."""
+
+    policy: Literal["kv", "least_loaded", "random", "round_robin"] = "kv"
+    load_weight: Weight = 1.0  # a token that others wait for, against one of this prompt's own
+    running_tokens: Annotated[float, msgspec.Meta(ge=0, le=1_000_000)] = 64.0  # what a running request counts for
+    host_share: Share = 0.2  # what a token costs that comes back from host memory, against computing it
+    disk_share: Share = 0.5
+    kv_full_from: Share = 0.8  # from this use on, a KV pool costs more; when full, as much again as the prompt
+    temperature: Weight = 0.0  # 0: always the cheapest; else softmax, in units of the prompt's length
+    affinity_slack: Weight = 0.25  # a session stays on its worker while that costs at most so many prompts more
+    seed: int | None = None  # repeats the draws
+    blocks_max: Annotated[int, msgspec.Meta(ge=1_000, le=100_000_000)] = 2_000_000  # in a model's prefix index
 
 
 class StageSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

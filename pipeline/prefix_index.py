@@ -15,8 +15,6 @@ from pipeline.block_hashes import Landmarks, landmark_mask
 from subjects.codec import BlockHashes
 from subjects.messages import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent, Tier
 
-BLOCKS_MAX: Final = 2_000_000
-"""Entries, counted once for each rank and tier; about 100 bytes each."""
 THINNING_SHIFT: Final = 32
 """Thinning looks at other bits of a hash than `landmark_mask` does."""
 TIERS: Final[tuple[Tier, ...]] = get_args(Tier)  # the fastest first
@@ -55,11 +53,12 @@ class _Held(msgspec.Struct):
 class PrefixIndex:
     """The landmarks among the blocks of the ranks that serve one model.
 
-    Where there would be more than `blocks_max`, the index keeps every second landmark of all ranks, chosen by hash, and
-    from then on takes in no others: overlaps are known half as finely, and no rank and no long prefix is lost.
+    Entries are counted once for each rank and tier. Where there would be more than `blocks_max`, the index keeps every
+    second landmark of all ranks, chosen by hash, and from then on takes in no others: overlaps are known half as
+    finely, and no rank and no long prefix is lost.
     """
 
-    def __init__(self, blocks_max: int = BLOCKS_MAX) -> None:
+    def __init__(self, blocks_max: int) -> None:
         self._blocks_max = blocks_max
         self._blocks = 0
         self._thinned = 1

@@ -11,6 +11,7 @@ from subjects.messages import BlocksCleared, BlocksRemoved, BlocksStored, KvEven
 RANKS = (RankId("a"), RankId("a", 1), RankId("b"), RankId("c"))
 SIZES = {RANKS[0]: 1, RANKS[1]: 1, RANKS[2]: 16, RANKS[3]: 64}
 PROMPT_TOKENS = 300
+BLOCKS_MAX = 10_000
 # Few prompts that share prefixes: any two part at a token of their own.
 PROMPTS = tuple(
     TokenIds.of([*range(parting), *range(1000 * parting, 1000 * parting + PROMPT_TOKENS - parting)])
@@ -84,7 +85,7 @@ def check(index: PrefixIndex, model: Model) -> None:
 
 @given(st.lists(changes(), max_size=40))
 def test_the_index_is_the_model(steps: list[tuple[RankId, KvEvent | None]]):
-    index, model = PrefixIndex(), Model()
+    index, model = PrefixIndex(BLOCKS_MAX), Model()
     for rank, event in steps:
         if event is None:
             index.drop(rank)
