@@ -21,9 +21,11 @@ from subjects.codec import TokenIds
 TOKEN_BYTES: Final = 4
 LANDMARK_TOKENS: Final = 16
 """Blocks smaller than this are looked up one in so many tokens (docs/adr/0005)."""
-PIECE_TOKENS: Final = 64
+PIECE_TOKENS_MIN: Final = 64
+PIECE_BLOCKS_MIN: Final = 8
+"""Prompts are remembered in pieces: of as many tokens, and of as many blocks."""
 PIECES_MAX: Final = 16_384
-"""A million tokens of prompts whose hashes are remembered: 15 MB."""
+"""At least a million tokens, in some 15 MB."""
 
 
 def block_hashes(token_ids: TokenIds, block_tokens: int) -> list[int]:
@@ -63,11 +65,15 @@ class Landmarks(msgspec.Struct, frozen=True):
 
 
 class _Piece(msgspec.Struct, frozen=True, gc=False):
-    """What is remembered of `PIECE_TOKENS` tokens."""
+    """What is remembered of a part of a prompt, and of all before it."""
 
     digest: bytes  # of its last block
     hashes: tuple[int, ...]  # of its landmarks
-    ends: tuple[int, ...]  # in tokens, from its first on
+    ends: tuple[int, ...]  # in tokens, from the prompt's first on
+
+
+_PieceKey = tuple[int, bytes, bytes]
+"""Block size in tokens, digest of the block before (which stands for all tokens before), the piece's tokens."""
 
 
 class PromptHasher:
@@ -77,34 +83,40 @@ class PromptHasher:
     """
 
     def __init__(self, pieces_max: int = PIECES_MAX) -> None:
-        self._pieces: OrderedDict[tuple[int, bytes, bytes], _Piece] = OrderedDict()  # the least recently used first
+        self._pieces: OrderedDict[_PieceKey, _Piece] = OrderedDict()  # the least recently used first
         self._pieces_max = pieces_max
+
+    def __len__(self) -> int:
+        """How many pieces are remembered."""
+        return len(self._pieces)
 
     def landmarks(self, token_ids: TokenIds, block_tokens: int) -> Landmarks:
         """The landmarks among the blocks that a prompt may find cached: an engine always computes its last token."""
         raw = token_ids.raw
-        piece_tokens = max(1, PIECE_TOKENS // block_tokens) * block_tokens
+        piece_bytes = max(PIECE_TOKENS_MIN // block_tokens, PIECE_BLOCKS_MIN) * block_tokens * TOKEN_BYTES
         whole_bytes = max(0, len(token_ids) - 1) // block_tokens * block_tokens * TOKEN_BYTES
-        found = Landmarks([], [])
-        digest, piece_bytes = b"", piece_tokens * TOKEN_BYTES
+        digest = b""
+        hashes: list[int] = []
+        ends: list[int] = []
         for start in range(0, whole_bytes, piece_bytes):
-            piece = self._piece(digest, raw[start : min(start + piece_bytes, whole_bytes)], block_tokens)
-            digest, before = piece.digest, start // TOKEN_BYTES
-            found.hashes.extend(piece.hashes)
-            found.ends.extend([before + end for end in piece.ends])
-        return found
-
-    def _piece(self, digest: bytes, raw: bytes, block_tokens: int) -> _Piece:
-        key = (block_tokens, digest, raw)
-        piece = self._pieces.get(key)
-        if piece is not None:
-            self._pieces.move_to_end(key)
-            return piece
-        last, hashes = _chain(digest, raw, block_tokens)
-        mask = landmark_mask(block_tokens)
-        at = [index for index, block in enumerate(hashes) if not block & mask]
-        piece = _Piece(last, tuple([hashes[i] for i in at]), tuple([(i + 1) * block_tokens for i in at]))
-        self._pieces[key] = piece
-        if len(self._pieces) > self._pieces_max:
+            key = (block_tokens, digest, raw[start : min(start + piece_bytes, whole_bytes)])
+            piece = self._pieces.get(key)
+            if piece is None:
+                piece = self._pieces[key] = _hashed(key, start // TOKEN_BYTES)
+            else:
+                self._pieces.move_to_end(key)
+            digest = piece.digest
+            hashes += piece.hashes
+            ends += piece.ends
+        while len(self._pieces) > self._pieces_max:
             self._pieces.popitem(last=False)
-        return piece
+        return Landmarks(hashes, ends)
+
+
+def _hashed(key: _PieceKey, start: int) -> _Piece:
+    """The piece that begins after `start` tokens."""
+    block_tokens, digest, raw = key
+    last, hashes = _chain(digest, raw, block_tokens)
+    mask = landmark_mask(block_tokens)
+    found = [(block, start + (n + 1) * block_tokens) for n, block in enumerate(hashes) if not block & mask]
+    return _Piece(last, tuple([block for block, _ in found]), tuple([end for _, end in found]))

@@ -34,6 +34,10 @@ def prompt(seed: int, tokens: int = PROMPT_TOKENS) -> TokenIds:
     return TokenIds.of(random.Random(seed).choices(range(VOCABULARY), k=tokens))
 
 
+def random_hashes(seed: int, count: int) -> BlockHashes:
+    return BlockHashes(random.Random(seed).randbytes(8 * count))
+
+
 def spread(values: list[float], unit: str) -> str:
     return f"{statistics.median(values):9.1f} {unit}  ({min(values):.1f} - {max(values):.1f})"
 
@@ -81,8 +85,8 @@ def filled(block_tokens: int, asked: TokenIds) -> PrefixIndex:
         leading = BlockHashes.of(hashes[: len(hashes) * (number + 1) // WORKERS])
         index.apply(rank, block_tokens, [BlocksStored(hashes=leading)])
         for other in range(1000 // WORKERS):
-            blocks = random.Random(1000 * number + other).choices(range(-(2**63), 2**63), k=len(hashes))
-            index.apply(rank, block_tokens, [BlocksStored(hashes=BlockHashes.of(blocks))])
+            blocks = random_hashes(1000 * number + other, len(hashes))
+            index.apply(rank, block_tokens, [BlocksStored(hashes=blocks)])
     return index
 
 
@@ -140,8 +144,7 @@ def show_speed(block_tokens: int, rounds: int) -> None:
 
 def show_memory(entries: int = 500_000) -> None:
     """Of an index with entries that two ranks share each, and the pauses of dropping a rank and of thinning."""
-    draw = random.Random(1)
-    hashes = BlockHashes.of([draw.randrange(-(2**63), 2**63) for _ in range(entries // 2)])
+    hashes = random_hashes(1, entries // 2)
     tracemalloc.start()
     index = PrefixIndex(entries)
     for rank in RANKS[:2]:
