@@ -23,7 +23,7 @@ from tokenizers.processors import TemplateProcessing
 
 from pipeline.errors import EngineStartError, InvalidRequest
 from subjects.codec import TokenIds
-from subjects.messages import ChatMessage
+from subjects.messages import ChatMessage, Request
 
 _SPECIAL_TOKENS: Final = (
     "bos_token",
@@ -271,6 +271,16 @@ class LoadedModel:
     tokenizer: ChatTokenizer
     context_len_tokens: int  # of the workers that serve it: may be less than the model's own
     chat_template: str | None = None  # replaces the tokenizer's own
+
+    def tokenize(self, request: Request) -> TokenIds:
+        """The prompt, u32[num_prompt_tokens]. Raises InvalidRequest where the chat template refuses the messages."""
+        if request.messages is not None:
+            text = self.tokenizer.render(request.messages, self.chat_template)
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        if isinstance(request.prompt, str):
+            return self.tokenizer.encode(request.prompt, add_special_tokens=True)
+        assert request.prompt is not None, "parse_request lets no request pass without messages or prompt"
+        return TokenIds.of(request.prompt)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -325,6 +325,30 @@ def watch(what: Watched, nats: NatsOption = None) -> None:
 
 
 @app.command(rich_help_panel=ASK)
+def route(
+    file: Annotated[
+        Path,
+        typer.Option("--explain", metavar="FILE", help="A request as JSON (- for standard input); not sent."),
+    ],
+    model: ModelOption = None,
+    role: Annotated[Literal["decode", "prefill"], typer.Option(help="Whose workers to rank.")] = "decode",
+    session: Annotated[str | None, typer.Option(metavar="KEY", help="Rank for this session.")] = None,
+    policy: Annotated[
+        Literal["kv", "least_loaded", "random", "round_robin"], typer.Option(help="How workers are compared.")
+    ] = "kv",
+    nats: NatsOption = None,
+) -> None:
+    """Print which workers a request would go to now, the first choice first, and why."""
+    fields = _request_fields(file, None, None, False)
+    settings = config.RoutingSettings(policy=policy)
+
+    from pipeline import route as routing
+
+    url = nats or config.nats_url()
+    raise typer.Exit(_run(routing.explain(url, fields, settings, model=model, role=role, session=session)))
+
+
+@app.command(rich_help_panel=ASK)
 def streams(nats: NatsOption = None) -> None:
     """Every stream and consumer: what waits, what is being worked on, what came again."""
     from pipeline import look

@@ -1,7 +1,8 @@
 """The configuration of a worker and of a topology: parsed once, frozen, unknown keys refused.
 
 A worker's settings come from the command line, else from the environment (`SGLANG_NATS_<NAME>`; tables as JSON),
-else from its file, else from the defaults here. The tables `models`, `sglang` and `simulated` are merged key by key.
+else from its file, else from the defaults here. The tables `models`, `sglang`, `simulated` and `routing` are merged
+key by key.
 """
 
 import difflib
@@ -79,6 +80,7 @@ class StageSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     slots: Slots = 0  # most tasks at once; 0: as many as the engine runs, or the role's default
     sglang: dict[str, Any] = {}  # SGLang's own ServerArgs, by field name
     simulated: SimulatedSettings = SimulatedSettings()
+    routing: RoutingSettings = RoutingSettings()  # preprocess, and decode for its prefill workers
     metrics_port: Port = 0  # telemetry: 0 picks a free one
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -238,7 +240,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _from_text(text: str, field: msgspec.structs.FieldInfo, variable: str) -> Any:
-    if field.name not in {"models", "sglang", "simulated"}:
+    if field.name not in {"models", "sglang", "simulated", "routing"}:
         return _convert(text, field.type, variable, strict=False)
     try:
         table = json.loads(text)
@@ -266,7 +268,7 @@ def _convert(value: Any, kind: type[T], where: str, *, strict: bool = True) -> T
 def _meant(unknown: str) -> str:
     known = {
         field.name
-        for kind in (WorkerSettings, GroupSettings, TopologySettings, NatsSettings, SimulatedSettings)
+        for kind in (WorkerSettings, GroupSettings, TopologySettings, NatsSettings, SimulatedSettings, RoutingSettings)
         for field in msgspec.structs.fields(kind)
     }
     close = difflib.get_close_matches(unknown, known, n=1)

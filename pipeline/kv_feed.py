@@ -64,9 +64,9 @@ class KvIndexFeed:
 
     async def start(self) -> None:
         """Begin to follow. Raises BusUnavailable."""
+        self._subscription = await self._bus.subscribe(names.KV_EVENTS.any(model=self.model), self._hear)
         self._presence.on_down(self._forget_worker)
         self._bus.on_reconnect(self._ask_all)
-        self._subscription = await self._bus.subscribe(names.KV_EVENTS.any(model=self.model), self._hear)
         self._look()
         self._tasks = [
             asyncio.create_task(self._keep_looking(), name="kv feed"),

@@ -134,9 +134,13 @@ async def _only_asker(url: str, request_id: str) -> str:
 
 
 async def _only_model(url: str) -> str:
-    """The model that is served where only one is. Raises ConfigError where there are none or several."""
     async with _looking(url) as (_, presence):
-        models = sorted(presence.models())
+        return only_model(presence)
+
+
+def only_model(presence: Presence) -> str:
+    """The model that is served where only one is. Raises ConfigError where there are none or several."""
+    models = sorted(presence.models())
     if len(models) == 1:
         return models[0]
     found = f"there are {', '.join(models)}" if models else "no worker has registered one yet"

@@ -83,13 +83,7 @@ async def _work(task: Task[bytes], models: Models) -> Emit:
 
 def tokenize(request: Request, model: LoadedModel) -> TokenIds:
     """The prompt, u32[num_prompt_tokens]. Raises InvalidRequest where the chat template refuses the messages."""
-    if request.messages is not None:
-        text = model.tokenizer.render(request.messages, model.chat_template)
-        return model.tokenizer.encode(text, add_special_tokens=False)
-    if isinstance(request.prompt, str):
-        return model.tokenizer.encode(request.prompt, add_special_tokens=True)
-    assert request.prompt is not None, "parse_request lets no request pass without messages or prompt"
-    return TokenIds.of(request.prompt)
+    return model.tokenize(request)
 
 
 def _task_for_decode(identified: IdentifiedRequest, token_ids: TokenIds, model: LoadedModel) -> Emit:

@@ -9,10 +9,15 @@ import pytest
 import pytest_asyncio
 
 from pipeline import kv_feed
+from pipeline.block_hashes import block_hashes
 from pipeline.bus import Bus, Received
+from pipeline.chat import ChatTokenizer
+from pipeline.config import BUILTIN_MODEL, RoutingSettings
 from pipeline.kv_feed import KvIndexFeed
+from pipeline.models import prepare_model
 from pipeline.prefix_index import RankId
 from pipeline.presence import Announcer, Presence
+from pipeline.route import explain
 from subjects import names, streams
 from subjects.codec import BlockHashes, encode
 from subjects.messages import BlocksCleared, BlocksStored, Heartbeat, KvEvent, KvEvents, KvSnapshot, ModelCard
@@ -44,9 +49,9 @@ class FakeWorker:
             role="decode",
             model=MODEL,
             incarnation=self.incarnation,
-            model_path="/m",
+            model_path=BUILTIN_MODEL,
             engine="simulated",
-            context_len_tokens=8,
+            context_len_tokens=2048,
             max_running_requests=1,
             max_prefill_tokens=8,
             kv_blocks=1,
@@ -252,3 +257,22 @@ async def test_few_snapshots_are_asked_for_at_once(feed: KvIndexFeed, workers: B
     assert len(worker.asked) == kv_feed.SNAPSHOTS_AT_ONCE
     worker.answering.set()
     await until(lambda: len(worker.asked) == ranks and not feed.behind())
+
+
+async def test_route_explains_who_comes_first(workers: Bus, nats_server, capsys: pytest.CaptureFixture[str]):
+    prompt = "Once upon a time there was a router. " * 30
+    tokens = ChatTokenizer.load(prepare_model(BUILTIN_MODEL)).encode(prompt, add_special_tokens=True)
+    knowing = FakeWorker(workers, "knowing")
+    await FakeWorker(workers, "idle").begin()
+    await knowing.begin()
+    await knowing.publish(stored(*block_hashes(tokens, BLOCK_TOKENS)))
+    fields, settings = {"prompt": prompt}, RoutingSettings()
+    code = await explain(nats_server.url, fields, settings, model=None, role="decode", session=None)
+    said = capsys.readouterr().out
+    cached = len(tokens) // BLOCK_TOKENS * BLOCK_TOKENS
+    assert code == 0 and f"policy kv, prompt of {len(tokens)} tokens" in said
+    first, second = (line for line in said.splitlines() if "/0" in line)
+    assert "knowing" in first and f"{cached} cached: {len(tokens) - cached} to compute" in first
+    assert "idle" in second and "nothing cached" in second
+
+    assert await explain(nats_server.url, fields, settings, model=None, role="prefill", session=None) == 1

@@ -17,6 +17,7 @@ COMMANDS = (
     "dead",
     "workers",
     "streams",
+    "route",
     "subjects",
     "preprocess",
     "decode",

@@ -1,0 +1,156 @@
+"""Where a prompt should go: the workers of a model ranked by their caches, their heartbeats and what was sent since.
+
+A heartbeat is up to a second old. So that a burst does not all go to the worker that was idle a second ago, each
+prompt that was placed here counts for its rank until a later heartbeat can have it in its figures.
+"""
+
+import asyncio
+import time
+from collections import deque
+from functools import partial
+from typing import Final
+
+import msgspec
+
+from pipeline.block_hashes import PromptHasher
+from pipeline.bus import Bus
+from pipeline.config import RoutingSettings
+from pipeline.kv_feed import KvIndexFeed
+from pipeline.prefix_index import Overlap, PrefixIndex, RankId
+from pipeline.presence import Presence, WorkerState
+from pipeline.routing import Candidate, Ranking, RankLoad, Router, Score
+from subjects.codec import TokenIds
+from subjects.messages import Role
+
+LOOK_S: Final = 0.1
+"""The workers' states are read so often, not for each prompt."""
+SEEN_AFTER_S: Final = 0.25
+"""So long after it was placed, a prompt is in its worker's figures, if that can take it."""
+PLACED_MAX: Final = 4_096
+"""Prompts of one rank that are remembered as placed."""
+_NOTHING: Final = Overlap()
+
+
+class _Known(msgspec.Struct):
+    """A rank that takes work."""
+
+    load: RankLoad  # as its last heartbeat had it
+    heard_s: float  # when that was, on the monotonic clock
+    placed: deque[tuple[float, int]]  # since then: when, and prompt tokens to compute
+    placed_tokens: int = 0
+
+
+class Placement:
+    """Ranks one model's workers of one role. Without an index their caches are unknown."""
+
+    def __init__(
+        self,
+        presence: Presence,
+        router: Router,
+        hasher: PromptHasher,
+        *,
+        model: str,
+        role: Role = "decode",
+        index: PrefixIndex | None = None,
+    ) -> None:
+        self.model, self.role = model, role
+        self._presence, self._router, self._hasher, self._index = presence, router, hasher, index
+        self._known: dict[RankId, _Known] = {}
+        self._looked_s = 0.0
+
+    def rank(self, token_ids: TokenIds, session: str | None = None) -> Ranking:
+        """The workers that take work now, the best for this prompt first; none, where there is none."""
+        if time.monotonic() - self._looked_s > LOOK_S:
+            self._look()
+        overlaps = self._index.overlaps(partial(self._hasher.landmarks, token_ids)) if self._index is not None else {}
+        candidates = [
+            Candidate(rank, overlaps.get(rank, _NOTHING), _with_placed(known)) for rank, known in self._known.items()
+        ]
+        return self._router.rank(len(token_ids), candidates, session)
+
+    def placed(self, score: Score) -> None:
+        """The prompt went to this rank."""
+        if known := self._known.get(score.rank):
+            tokens = round(score.prefill_cost)
+            known.placed.append((time.monotonic(), tokens))
+            known.placed_tokens += tokens
+
+    def _look(self) -> None:
+        """Read who takes work and how loaded they are, and forget what their figures now contain."""
+        now_s = self._looked_s = time.monotonic()
+        before, self._known = self._known, {}
+        for state in self._presence.workers(self.role, self.model):
+            if not state.ready or not state.registered:
+                continue
+            load, heard_s = _load_of_a_rank(state), now_s - state.age_s
+            for dp_rank in range(state.card.dp_size if state.card else 0):
+                rank = RankId(state.worker, dp_rank)
+                there = before.get(rank)
+                placed = there.placed if there else deque[tuple[float, int]](maxlen=PLACED_MAX)
+                while placed and placed[0][0] + SEEN_AFTER_S < heard_s:
+                    placed.popleft()
+                self._known[rank] = _Known(load, heard_s, placed, sum(tokens for _, tokens in placed))
+
+
+def _load_of_a_rank(state: WorkerState) -> RankLoad:
+    """A worker's load in equal parts: heartbeats do not tell its ranks apart."""
+    assert state.heartbeat and state.card, "only a registered worker has ranks"
+    beat, ranks = state.heartbeat, state.card.dp_size
+    beyond_slots = max(0, beat.in_flight - beat.slots) if beat.slots else 0
+    return RankLoad(
+        running=round(beat.load.running / ranks),
+        waiting=round((beat.load.waiting + beyond_slots) / ranks),
+        kv_share=beat.load.kv_tokens_used / beat.load.kv_tokens if beat.load.kv_tokens else 0.0,
+    )
+
+
+def _with_placed(known: _Known) -> RankLoad:
+    if not known.placed:
+        return known.load
+    load = known.load
+    return RankLoad(load.running, load.waiting, load.queued_tokens + known.placed_tokens, load.kv_share)
+
+
+class Placements:
+    """A process's placements, one for each model that it is asked about; KV events are followed from then on."""
+
+    def __init__(self, bus: Bus, presence: Presence, settings: RoutingSettings, role: Role = "decode") -> None:
+        self._bus, self._presence, self._settings, self._role = bus, presence, settings, role
+        self._hasher = PromptHasher()
+        self._feeds: dict[str, KvIndexFeed] = {}
+        self._placements: dict[str, Placement] = {}
+        self._starting = asyncio.Lock()
+
+    async def of(self, model: str) -> Placement:
+        """A model's placement. The first time it subscribes to the model's KV events: raises BusUnavailable."""
+        async with self._starting:
+            if model not in self._placements:
+                self._placements[model] = await self._start(model)
+        return self._placements[model]
+
+    async def _start(self, model: str) -> Placement:
+        feed = None
+        if self._settings.policy == "kv":
+            feed = KvIndexFeed(self._bus, self._presence, model, self._settings.blocks_max)
+            await feed.start()
+            self._feeds[model] = feed
+        return Placement(
+            self._presence,
+            Router(self._settings),
+            self._hasher,
+            model=model,
+            role=self._role,
+            index=feed.index if feed else None,
+        )
+
+    def behind(self, model: str) -> list[RankId]:
+        """Ranks of the model whose blocks are not all known; none where the policy does not look at caches."""
+        return self._feeds[model].behind() if model in self._feeds else []
+
+    async def wait_caught_up(self, model: str, timeout_s: float) -> bool:
+        """Wait until no rank of the model is behind; False when the time is over."""
+        return model not in self._feeds or await self._feeds[model].wait_caught_up(timeout_s)
+
+    async def close(self) -> None:
+        for feed in self._feeds.values():
+            await feed.close()
