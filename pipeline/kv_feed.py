@@ -202,7 +202,10 @@ class KvIndexFeed:
             if (received.headers or {}).get(STATUS) == "503":
                 _end(followed, NoResponders(f"{reader.rank.worker} gives no snapshots"))
                 return
-            reader.take_part(attempt, decode(KvSnapshot, received.payload))
+            try:
+                reader.take_part(attempt, decode(KvSnapshot, received.payload))
+            except msgspec.DecodeError as error:
+                _end(followed, BusUnavailable(f"{reader.rank.worker} sends what is no snapshot: {error}"))
             if reader.attempt != attempt:
                 _end(followed)
 
@@ -234,7 +237,7 @@ class KvIndexFeed:
         caught_up.set()
 
 
-def _end(followed: _Followed, error: NoResponders | None = None) -> None:
+def _end(followed: _Followed, error: BusUnavailable | None = None) -> None:
     """End the wait for an attempt, if there is one."""
     answer = followed.answer
     if answer is None or answer.done():

@@ -51,8 +51,8 @@ class KvReader:
         return self._seq
 
     def take(self, events: KvEvents) -> None:
-        """Apply a message in its turn, keep it until then, or drop it where its turn has passed."""
-        if events.incarnation in self._former:
+        """Apply a message in its turn, keep it until then, or drop it: its turn has passed, or it makes no sense."""
+        if events.incarnation in self._former or events.block_tokens < 1:
             return
         if events.incarnation != self.incarnation:
             self._begin_life(events.incarnation)
@@ -73,7 +73,7 @@ class KvReader:
 
         One that contains less than the reader has seen changes nothing: the reader is still `behind`.
         """
-        if attempt != self._attempt or not 0 <= part.part < part.parts <= PARTS_MAX:
+        if attempt != self._attempt or not 0 <= part.part < part.parts <= PARTS_MAX or part.block_tokens < 1:
             return False
         first = next(iter(self._parts.values()), part)
         if (part.incarnation, part.seq, part.parts) != (first.incarnation, first.seq, first.parts):
