@@ -1,7 +1,8 @@
 """What a reader knows of one rank's KV blocks, from messages that may be lost, doubled, reordered or late: pure.
 
-Messages are numbered within a life (an incarnation) of a rank. One after the other they are applied; a gap, a late
-start or a new life in mid-course leaves the reader `behind` until a snapshot, or the missing message, comes.
+Messages are numbered within a life (an incarnation) of a rank, and applied one after the other. A gap leaves the reader
+`behind` until a snapshot, or the missing message, comes; a life that it hears of for the first time, until a snapshot
+confirms it: the message may be a straggler of one that is over.
 """
 
 from collections import deque
@@ -33,12 +34,13 @@ class KvReader:
         self._early_blocks = 0
         self._attempt = 0
         self._parts: dict[int, KvSnapshot] = {}
-        self._stale = True
+        self._confirmed = False  # by a snapshot: the rank itself says that it lives this life
+        self._stale = False
 
     @property
     def behind(self) -> bool:
         """A snapshot has to be asked for."""
-        return self._stale or bool(self._early)
+        return not self._confirmed or self._stale or bool(self._early)
 
     @property
     def attempt(self) -> int:
@@ -96,7 +98,8 @@ class KvReader:
         """The rank is another one now, with no blocks yet; whatever was asked of the former is void."""
         if self.incarnation is not None:
             self._former.append(self.incarnation)
-        self.incarnation, self._seq, self._stale = incarnation, 0, False
+        self.incarnation, self._seq = incarnation, 0
+        self._confirmed = self._stale = False
         self._forget_early(set(self._early))
         self.begin_snapshot()
         self._index.drop(self.rank)
@@ -108,7 +111,8 @@ class KvReader:
             self._begin_life(snapshot.incarnation)
             if snapshot.incarnation in self._former:
                 self._former.remove(snapshot.incarnation)
-        elif snapshot.seq < self._seq:
+        self._confirmed = True
+        if snapshot.seq < self._seq:
             return
         blocks = [stored for part in parts for stored in part.blocks]
         self._index.replace(self.rank, snapshot.block_tokens, blocks)
