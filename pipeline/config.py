@@ -66,7 +66,7 @@ class RoutingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     temperature: Weight = 0.0  # 0: always the cheapest; else softmax, in units of the prompt's length
     affinity_slack: Weight = 0.25  # a session stays on its worker while that costs at most so many prompts more
     seed: int | None = None  # repeats the draws
-    blocks_max: Annotated[int, msgspec.Meta(ge=1_000, le=100_000_000)] = 2_000_000  # in a model's prefix index
+    blocks_max: Annotated[int, msgspec.Meta(ge=1_000, le=100_000_000)] = 1_000_000  # in a prefix index: 90 MB
 
 
 class StageSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -24,7 +24,7 @@ from subjects.messages import BlocksRemoved, BlocksStored, KvEvents
 WORKERS = 32
 PROMPT_TOKENS = 4096
 SIZES = (1, 16, 64)
-BLOCKS_MAX = 2_000_000
+BLOCKS_MAX = 1_000_000
 RANKS = [RankId(f"decode-{number}") for number in range(WORKERS)]
 EVENT_BLOCKS = 64  # in a message: a step of the scheduler
 VOCABULARY = 128_000
