@@ -32,6 +32,12 @@ def test_defaults_need_nothing() -> None:
     assert settings.worker != worker().worker
 
 
+def test_routing_is_merged_key_by_key(tmp_path: Path) -> None:
+    file = toml(tmp_path, 'routing = {policy = "least_loaded", load_weight = 2.0}')
+    routing = worker(file, {"SGLANG_NATS_ROUTING": '{"load_weight": 0.5, "seed": 7}'}).routing
+    assert (routing.policy, routing.load_weight, routing.seed) == ("least_loaded", 0.5, 7)
+
+
 def test_command_line_goes_above_environment_above_file(tmp_path: Path) -> None:
     file = toml(tmp_path, 'slots = 1\nmodel = "of-file"\nlog_level = "debug"\n[sglang]\ntp_size = 1\ndp_size = 1')
     environment = {"SGLANG_NATS_SLOTS": "2", "SGLANG_NATS_MODEL": "of-env", "SGLANG_NATS_SGLANG": '{"dp_size": 2}'}
@@ -58,6 +64,8 @@ def test_nats_url_comes_from_our_variable_before_the_cli_of_nats() -> None:
         ('engine = "vllm"', "Invalid enum value 'vllm'", "engine"),
         ("simulated = {ttft_ms = -1}", ">= 0", "simulated.ttft_ms"),
         ("simulated = {tftt_ms = 1}", "did you mean 'ttft_ms'?", "simulated.tftt_ms"),
+        ("routing = {policy = 'vk'}", "vk", "routing.policy"),
+        ("routing = {temprature = 1}", "did you mean 'temperature'?", "routing.temprature"),
         ('role = "telemetry"', "is for the role 'telemetry', not 'decode'", "role"),
         ("slots =", "cannot be parsed", "config"),
         ('worker = "a.b"', "does not fit in a subject", "worker"),
