@@ -65,10 +65,12 @@ async def loaded_view() -> View:
         topology = Path(folder) / "picture.toml"
         topology.write_text(TOPOLOGY)
         async with running(load_topology(str(topology)), Path(folder)) as local:
+            print("starting the workers", flush=True)
             await local.start()
             await asyncio.wait_for(local.until_ready(), START_S_MAX)
             async with Client.connect(local.url, client="picture") as client, watching(local.url) as board:
                 draw = random.Random(7)
+                print(f"every worker is ready; {USERS} users ask for {LOADED_S:g} s", flush=True)
                 users = [asyncio.create_task(user(client, draw)) for _ in range(USERS)]
                 await asyncio.wait(users, timeout=LOADED_S, return_when=asyncio.FIRST_EXCEPTION)
                 view = await board.view()
