@@ -710,6 +710,10 @@ class Bus:
         """The newest message that a stream has on a subject; None where it has none. Raises BusUnavailable."""
         return await self._get(stream, msgspec.json.encode({"last_by_subj": subject}))
 
+    async def next_stored(self, stream: str, subject: str, from_seq: int) -> StoredMessage | None:
+        """The oldest message on a subject from a sequence number on; None where it has none. Raises BusUnavailable."""
+        return await self._get(stream, msgspec.json.encode({"seq": from_seq, "next_by_subj": subject}))
+
     async def _get(self, stream: str, which: bytes) -> StoredMessage | None:
         """One message by Direct Get (NATS ADR-31)."""
 
@@ -817,6 +821,8 @@ class Bus:
             ack_pending=info["num_ack_pending"],
             redelivered=info["num_redelivered"],
             waiting=info["num_waiting"],
+            ack_floor=info["ack_floor"]["stream_seq"],
+            paused=info.get("paused", False),
         )
 
     async def subjects_state(self, name: str, filter_subject: str) -> dict[str, int]:

@@ -82,6 +82,7 @@ class StageSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     simulated: SimulatedSettings = SimulatedSettings()
     routing: RoutingSettings = RoutingSettings()  # preprocess, and decode for its prefill workers
     metrics_port: Port = 0  # telemetry: 0 picks a free one
+    metrics_host: str = "127.0.0.1"  # telemetry: the address on which /metrics listens; "0.0.0.0": all of the machine
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 

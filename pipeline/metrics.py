@@ -6,6 +6,7 @@ outcomes, error codes), never ids.
 """
 
 import time
+from collections.abc import Iterable
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -26,6 +27,13 @@ STAGE_SECONDS: Final = Histogram(
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
 )
 IN_FLIGHT: Final = Gauge("in_flight", "Tasks in progress.", ("stage",), namespace=PREFIX, registry=REGISTRY)
+OLDEST_TASK_SECONDS: Final = Gauge(
+    "oldest_task_seconds",
+    "Since when the worker holds the lease of its oldest task in progress; 0 without one.",
+    ("stage",),
+    namespace=PREFIX,
+    registry=REGISTRY,
+)
 REDELIVERIES: Final = Counter(
     "redeliveries",
     "Tasks that came again: their first worker died, froze, drained or gave them back.",
@@ -66,6 +74,57 @@ CACHED_TOKENS: Final = Counter(
 COMPLETION_TOKENS: Final = Counter(
     "completion_tokens", "Tokens generated for finished choices.", namespace=PREFIX, registry=REGISTRY
 )
+PREFILL_CLAIM_SECONDS: Final = Histogram(
+    "prefill_claim_seconds",
+    "Decode: time from the offer of a prompt to the claim of a prefill worker, its queue included.",
+    namespace=PREFIX,
+    registry=REGISTRY,
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+)
+PREFILL_KV_SECONDS: Final = Histogram(
+    "prefill_kv_seconds",
+    "Decode: time from a prefill worker's claim to the first token: handshake, forward pass and transfer.",
+    namespace=PREFIX,
+    registry=REGISTRY,
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+)
+PREFILL_LOST: Final = Counter(
+    "prefill_lost",
+    "Decode: prompts that a prefill worker claimed and did not bring to an end; each is offered again.",
+    namespace=PREFIX,
+    registry=REGISTRY,
+)
+
+ENGINE: Final = CollectorRegistry()
+"""What we count inside an engine's own processes; it leaves them with the engine's series."""
+
+HANDSHAKE_SECONDS: Final = Histogram(
+    "handshake_seconds",
+    "A handshake message's way from one engine to another, from sending to receiving, by both machines' clocks.",
+    namespace=PREFIX,
+    registry=ENGINE,
+    buckets=(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5),
+)
+KV_TRANSFER_SECONDS: Final = Histogram(
+    "kv_transfer_seconds",
+    "Prefill: time from decode's transfer message to the end of the KV's write, the forward pass included.",
+    namespace=PREFIX,
+    registry=ENGINE,
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+)
+KV_WRITE_SECONDS: Final = Histogram(
+    "kv_write_seconds",
+    "Prefill: time from handing a prompt's last KV to NIXL to the end of its write.",
+    namespace=PREFIX,
+    registry=ENGINE,
+    buckets=(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5),
+)
+KV_TRANSFER_BYTES: Final = Counter(
+    "kv_transfer_bytes", "Prefill: KV bytes written to decode workers.", namespace=PREFIX, registry=ENGINE
+)
+
+SAMPLES_MAX: Final = 2_000
+"""Samples of one process in a snapshot, which then stays below the limit of a payload."""
 
 
 class TokenClock:
@@ -116,3 +175,24 @@ def snapshot(registry: CollectorRegistry = REGISTRY) -> tuple[MetricFamily, ...]
         )
         for family in registry.collect()
     )
+
+
+def bounded(families: Iterable[MetricFamily]) -> tuple[MetricFamily, ...]:
+    """The families up to `SAMPLES_MAX` samples, whole ones only, and how many samples are missing then."""
+    kept: list[MetricFamily] = []
+    count = left_out = 0
+    for family in families:
+        if count + len(family.samples) > SAMPLES_MAX:
+            left_out += len(family.samples)
+        else:
+            kept.append(family)
+            count += len(family.samples)
+    if left_out:
+        kept.append(_left_out(left_out))
+    return tuple(kept)
+
+
+def _left_out(count: int) -> MetricFamily:
+    name = f"{PREFIX}_process_samples_left_out"
+    about = "Samples of a process that were too many for its snapshot."
+    return MetricFamily(name=name, help=about, type="gauge", samples=(MetricSample(name=name, labels={}, value=count),))

@@ -22,7 +22,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import msgspec
@@ -71,6 +71,7 @@ class _Running:
     lease: Lease
     trace: TaskTrace
     job: asyncio.Task[None]
+    since_s: float = field(default_factory=time.monotonic)
     task: Task[Any] | None = None  # None: not read yet, or unreadable
     owned: bool = False
     stop: Exception | None = None
@@ -98,6 +99,12 @@ class Runner:
     @property
     def in_flight(self) -> int:
         return len(self._running)
+
+    @property
+    def oldest_s(self) -> float:
+        """How long the oldest task in progress is held; 0 without one."""
+        held = [running.since_s for running in self._running.values()]
+        return time.monotonic() - min(held) if held else 0.0
 
     async def pull(self, consumer: ConsumerSpec, *, slots: int) -> None:
         """Begin to take tasks: never more at once than `slots`."""

@@ -211,13 +211,17 @@ class Worker:
         subject = names.METRICS.of(role=self.settings.role, worker=self.name)
         while True:
             metrics.IN_FLIGHT.labels(self.settings.role).set(self._runner.in_flight if self._runner else 0)
-            snapshot = MetricsSnapshot(
-                worker=self.name,
-                role=self.settings.role,  # type: ignore[arg-type]
-                model=self.settings.model,
-                families=metrics.snapshot(),
-            )
-            await self.bus.publish(subject, encode(snapshot))
+            metrics.OLDEST_TASK_SECONDS.labels(self.settings.role).set(self._runner.oldest_s if self._runner else 0)
+            of_engine = self.engine.series() if self.engine and self.info else {}
+            for process, families in {"": metrics.bounded(metrics.snapshot()), **of_engine}.items():
+                snapshot = MetricsSnapshot(
+                    worker=self.name,
+                    role=self.settings.role,  # type: ignore[arg-type]
+                    model=self.settings.model,
+                    process=process,
+                    families=families,
+                )
+                await self.bus.publish(subject, encode(snapshot))
             await asyncio.sleep(HEARTBEAT_S)
 
 

@@ -1,70 +1,69 @@
 """Telemetry: everything that the workers report and the broker knows, under one Prometheus `/metrics`.
 
-It has no task queue: it listens to the metrics snapshots and heartbeats that workers publish once a second and asks
+It has no task queue: it listens to the metrics snapshots, heartbeats and KV events that workers publish and asks
 the broker for its streams and consumers. Any number of telemetry workers may run; each one shows everything.
 """
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import msgspec
 import structlog
 from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from pipeline import metrics
-from pipeline.bus import Bus, ConsumerState, Received, StreamState
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.bus import Received
+from pipeline.errors import ConfigError
 from pipeline.presence import Presence, WorkerState
+from pipeline.queues import MODELS_MAX, QueueReader, Queues
+from pipeline.snapshots import Snapshots, merged
 from pipeline.worker import Worker
-from subjects import names, streams
+from subjects import names
 from subjects.codec import decode
-from subjects.limits import PRESENCE_S
-from subjects.messages import MetricFamily, MetricsSnapshot
+from subjects.messages import BlocksRemoved, BlocksStored, KvEvents, MetricsSnapshot
 
-HOST: Final = "127.0.0.1"
 BROKER_S: Final = 1.0
 """How often the broker is asked."""
-WORKERS_MAX: Final = 1024
-SAMPLES_A_WORKER_MAX: Final = 5_000
-SAMPLES_MAX: Final = 200_000
-"""More would be too much for a scrape; what is left out is counted in `sglang_nats_samples_left_out`."""
+KV_SERIES_MAX: Final = 4096
+SERVING_ROLES: Final = ("decode", "prefill")
 
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True)
-class Broker:
-    """What the broker said last."""
-
-    streams: dict[str, StreamState] = field(default_factory=dict)
-    consumers: dict[tuple[str, str], ConsumerState] = field(default_factory=dict)  # by stream and consumer
-    queued: dict[str, int] = field(default_factory=dict)  # messages by subject of the two work queues
-
-
-class Snapshots:
-    """The last snapshot of every worker that is still heard of. `now_s` is of the monotonic clock."""
+class KvCounts:
+    """How many KV blocks came and went, by model, worker, event and tier."""
 
     def __init__(self) -> None:
-        self._by_worker: dict[tuple[str, str], tuple[MetricsSnapshot, float]] = {}
+        self._blocks: dict[tuple[str, str, str, str], int] = {}
 
-    def add(self, snapshot: MetricsSnapshot, now_s: float) -> None:
-        """Take a worker's snapshot in; a new worker beyond `WORKERS_MAX` is left out."""
-        key = (snapshot.role, snapshot.worker)
-        if key in self._by_worker or len(self._by_worker) < WORKERS_MAX:
-            self._by_worker[key] = (snapshot, now_s)
+    def add(self, model: str, message: KvEvents) -> None:
+        for event in message.events:
+            if isinstance(event, BlocksStored):
+                self._count((model, message.worker, "stored", event.tier), len(event.hashes))
+            elif isinstance(event, BlocksRemoved):
+                self._count((model, message.worker, "removed", event.tier), len(event.hashes))
+            else:
+                self._count((model, message.worker, "cleared", ""), 1)
 
-    def forget_silent(self, now_s: float) -> None:
-        """Drop the workers not heard of for `PRESENCE_S`: their series end instead of standing still."""
-        for key, (_, heard_s) in list(self._by_worker.items()):
-            if now_s - heard_s > PRESENCE_S:
-                del self._by_worker[key]
+    def forget_others(self, workers: set[str]) -> None:
+        """Drop what is of none of these workers."""
+        for key in [key for key in self._blocks if key[1] not in workers]:
+            del self._blocks[key]
 
-    def current(self) -> tuple[MetricsSnapshot, ...]:
-        return tuple(snapshot for snapshot, _ in self._by_worker.values())
+    def family(self) -> Metric:
+        about = 'KV blocks in a worker\'s KV events, by cache tier; with event "cleared", how often it lost them all.'
+        labels = ("model", "worker", "event", "tier")
+        family = CounterMetricFamily(f"{metrics.PREFIX}_kv_event_blocks", about, labels=labels)
+        for key, count in list(self._blocks.items()):  # a copy: the event loop goes on counting
+            family.add_metric(key, count)
+        return family
+
+    def _count(self, key: tuple[str, str, str, str], blocks: int) -> None:
+        if key in self._blocks or len(self._blocks) < KV_SERIES_MAX:
+            self._blocks[key] = self._blocks.get(key, 0) + blocks
 
 
 class Telemetry:
@@ -73,110 +72,157 @@ class Telemetry:
     What the threads read is replaced as a whole and never changed, so that no lock is needed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, connected: Callable[[], bool] = lambda: True) -> None:
+        """`connected`: whether the broker is there now; without it, what it said is not shown any more."""
+        self._connected = connected
         self._heard = Snapshots()
+        self._kv = KvCounts()
+        self._serving: dict[tuple[str, str], int] = {}
         self.snapshots: tuple[MetricsSnapshot, ...] = ()
         self.workers: tuple[WorkerState, ...] = ()
-        self.broker = Broker()
+        self.queues: Queues | None = None
         self.malformed = 0
 
     def hear(self, received: Received) -> None:
-        """A worker's snapshot came in."""
+        """A process's snapshot came in."""
         try:
             self._heard.add(decode(MetricsSnapshot, received.payload), time.monotonic())
         except msgspec.DecodeError:
             self.malformed += 1  # counted and shown; a log line a second would only hide others
 
-    def refresh(self, workers: Iterable[WorkerState], broker: Broker | None) -> None:
-        """Show what is known now. `broker` None: it did not answer, and what it said before no longer holds."""
+    def hear_kv(self, received: Received) -> None:
+        """KV events came in."""
+        parts = names.KV_EVENTS.parse(received.subject)
+        assert parts, received.subject
+        try:
+            self._kv.add(parts["model"], decode(KvEvents, received.payload))
+        except msgspec.DecodeError:
+            self.malformed += 1
+
+    def refresh(self, workers: Iterable[WorkerState], queues: Queues | None) -> None:
+        """Show what is known now. `queues` None: the broker did not answer, and what it said before no longer holds."""
         self._heard.forget_silent(time.monotonic())
         self.snapshots = self._heard.current()
         self.workers = tuple(workers)
-        self.broker = broker or Broker()
+        self._kv.forget_others({state.worker for state in self.workers})
+        self._serving = serving(self._serving, self.workers)
+        self.queues = queues
 
     def collect(self) -> Iterator[Metric]:
         """All families, as prometheus_client's registry asks for them at each scrape."""
+        queues = self.queues if self._connected() else None
+        yield _gauge("broker_up", "1 where the broker answers telemetry.", queues is not None)
+        yield from _broker_families(queues or Queues())
+        yield from _queue_families(queues or Queues())
         yield from _worker_families(self.workers)
-        yield from _broker_families(self.broker)
+        yield from _engine_families(self.workers)
+        yield _serving_family(self._serving)
+        yield self._kv.family()
         families, left_out = merged(self.snapshots)
         yield from families
         yield _gauge("samples_left_out", "Samples of workers beyond the limits of telemetry.", left_out)
-        yield _gauge("snapshots_malformed", "Metrics messages that could not be decoded.", self.malformed)
+        yield _gauge("snapshots_malformed", "Messages of workers that could not be decoded.", self.malformed)
 
 
-def merged(snapshots: Iterable[MetricsSnapshot]) -> tuple[list[Metric], int]:
-    """The workers' families, each once, with `role` and `worker` on every sample; and how many samples were left out.
-
-    A family that two workers declare with different types keeps the first one's: Prometheus takes a name only once.
-    """
-    families: dict[str, Metric] = {}
-    total = left_out = 0
-    for snapshot in snapshots:
-        of_worker = 0
-        for family in snapshot.families:
-            known = families.setdefault(family.name, Metric(family.name, family.help, family.type))
-            room = min(SAMPLES_A_WORKER_MAX - of_worker, SAMPLES_MAX - total)
-            taken = 0 if known.type != family.type else min(len(family.samples), room)
-            _add_samples(known, snapshot, family, taken)
-            of_worker, total = of_worker + taken, total + taken
-            left_out += len(family.samples) - taken
-    return list(families.values()), left_out
+def serving(before: dict[tuple[str, str], int], workers: Iterable[WorkerState]) -> dict[tuple[str, str], int]:
+    """How many workers take work, by model and role; 0, and not nothing, for a model that has lost its last one."""
+    counts = dict.fromkeys(before, 0)
+    for state in workers:
+        model = state.card.model if state.card else state.heartbeat.model if state.heartbeat else None
+        if model is None or state.role not in SERVING_ROLES:
+            continue
+        key = (names.token(model), state.role)
+        if key in counts or len(counts) < MODELS_MAX:
+            counts[key] = counts.get(key, 0) + state.ready
+    return counts
 
 
-def _add_samples(metric: Metric, snapshot: MetricsSnapshot, family: MetricFamily, count: int) -> None:
-    labels = {"role": snapshot.role, "worker": snapshot.worker}
-    if snapshot.model:
-        labels["model"] = snapshot.model
-    for sample in family.samples[:count]:
-        metric.add_sample(sample.name, sample.labels | labels, sample.value)
+def _serving_family(counts: dict[tuple[str, str], int]) -> Metric:
+    about = "Workers that take work for a model; 0 where it had one since telemetry started, and has none now."
+    family = _family("model_workers_ready", about, ("model", "role"))
+    for key, count in counts.items():
+        family.add_metric(key, count)
+    return family
 
 
 def _worker_families(workers: Iterable[WorkerState]) -> list[Metric]:
-    """What heartbeats say."""
+    """What heartbeats say of workers."""
     labels = ("role", "worker", "model")
     ready = _family("worker_ready", "1 where the worker takes new work.", labels)
+    draining = _family("worker_draining", "1 where the worker takes no more work and finishes what it has.", labels)
     slots = _family("worker_slots", "The most tasks that it takes at once.", labels)
     in_flight = _family("worker_in_flight", "Tasks that it works on.", labels)
-    running = _family("engine_running", "Choices that the engine generates now.", labels)
-    waiting = _family("engine_waiting", "Choices that wait inside the engine.", labels)
-    kv_used = _family("engine_kv_tokens_used", "Tokens whose KV is held.", labels)
-    kv_tokens = _family("engine_kv_tokens", "Tokens whose KV fits.", labels)
     for state in workers:
         beat = state.heartbeat
         if beat is None or state.down:
             continue
         of = (beat.role, beat.worker, beat.model or "")
         ready.add_metric(of, float(state.ready))
+        draining.add_metric(of, float(beat.draining))
         slots.add_metric(of, beat.slots)
         in_flight.add_metric(of, beat.in_flight)
-        running.add_metric(of, beat.load.running)
-        waiting.add_metric(of, beat.load.waiting)
-        kv_used.add_metric(of, beat.load.kv_tokens_used)
-        kv_tokens.add_metric(of, beat.load.kv_tokens)
-    return [ready, slots, in_flight, running, waiting, kv_used, kv_tokens]
+    return [ready, draining, slots, in_flight]
 
 
-def _broker_families(broker: Broker) -> list[Metric]:
-    """What the broker says of queues."""
+def _engine_families(workers: Iterable[WorkerState]) -> list[Metric]:
+    """What heartbeats say of engines, be they SGLang's or simulated: what routing and admission go by."""
+    labels = ("role", "worker", "model")
+    figures = {
+        "running": "Choices that the engine generates now.",
+        "waiting": "Choices that wait inside the engine.",
+        "kv_tokens_used": "Tokens whose KV running choices hold.",
+        "kv_tokens": "Tokens whose KV fits.",
+        "waiting_prefill_tokens": "Prompt tokens that wait inside the engine to be computed.",
+        "generated_tokens_per_s": "Tokens that it generates a second.",
+        "cached_share": "Of the prompt tokens that were prefilled last, the share found in its cache, in [0, 1].",
+    }
+    families = {name: _family(f"engine_{name}", about, labels) for name, about in figures.items()}
+    for state in workers:
+        beat = state.heartbeat
+        if beat is None or state.down or not beat.load.kv_tokens:
+            continue
+        load = msgspec.structs.asdict(beat.load)
+        for name, family in families.items():
+            family.add_metric((beat.role, beat.worker, beat.model or ""), load[name])
+    return list(families.values())
+
+
+def _broker_families(queues: Queues) -> list[Metric]:
+    """What the broker keeps."""
     messages = _family("stream_messages", "Messages that a stream holds.", ("stream",))
     size = _family("stream_bytes", "Bytes that a stream holds.", ("stream",))
-    for stream, state in broker.streams.items():
+    for stream, state in queues.streams.items():
         messages.add_metric((stream,), state.messages)
         size.add_metric((stream,), state.bytes)
-    of_consumer = ("stream", "consumer")
-    pending = _family("consumer_pending", "Tasks that nobody has taken yet.", of_consumer)
-    in_work = _family("consumer_ack_pending", "Tasks that are handed out and not settled.", of_consumer)
-    again = _family("consumer_redelivered", "Unsettled tasks that were handed out more than once.", of_consumer)
-    waiting = _family("consumer_waiting", "Open pull requests: workers with free slots.", of_consumer)
-    for key, consumer in broker.consumers.items():
+    storage = _family("jetstream_bytes", "What JetStream holds of this account.", ("storage",))
+    errors = CounterMetricFamily(f"{metrics.PREFIX}_jetstream_api_errors", "Requests that JetStream's API refused.")
+    if queues.streams:
+        storage.add_metric(("memory",), queues.storage.memory_bytes)
+        storage.add_metric(("file",), queues.storage.file_bytes)
+        errors.add_metric((), queues.storage.api_errors)
+    return [messages, size, storage, errors]
+
+
+def _queue_families(queues: Queues) -> list[Metric]:
+    """What the broker says of tasks."""
+    labels = ("stream", "consumer")
+    pending = _family("consumer_pending", "Tasks that nobody has taken yet.", labels)
+    in_work = _family("consumer_ack_pending", "Tasks that are handed out and not settled.", labels)
+    again = _family("consumer_redelivered", "Unsettled tasks that were handed out more than once.", labels)
+    waiting = _family("consumer_waiting", "Open pull requests: workers with free slots.", labels)
+    paused = _family("consumer_paused", "1 where an operator has paused the consumer.", labels)
+    oldest = _family("consumer_oldest_seconds", "Age of the oldest task that waits or is in work; 0: none.", labels)
+    for key, consumer in queues.consumers.items():
         pending.add_metric(key, consumer.pending)
         in_work.add_metric(key, consumer.ack_pending)
         again.add_metric(key, consumer.redelivered)
         waiting.add_metric(key, consumer.waiting)
-    depth = _family("queue_depth", "Tasks in a work queue, handed out ones included.", ("subject",))
-    for subject, count in broker.queued.items():
-        depth.add_metric((subject,), count)
-    return [messages, size, pending, in_work, again, waiting, depth]
+        paused.add_metric(key, float(consumer.paused))
+        oldest.add_metric(key, queues.oldest_s.get(key, 0.0))
+    depth = _family("queue_depth", "Tasks in a model's queue, handed out ones included.", ("queue", "model"))
+    for queue, count in queues.depths.items():
+        depth.add_metric(queue, count)
+    return [pending, in_work, again, waiting, paused, oldest, depth]
 
 
 def _family(name: str, about: str, labels: tuple[str, ...]) -> GaugeMetricFamily:
@@ -187,53 +233,33 @@ def _gauge(name: str, about: str, value: float) -> Metric:
     return GaugeMetricFamily(f"{metrics.PREFIX}_{name}", about, value=value)
 
 
-async def ask_broker(bus: Bus, models: Iterable[str]) -> Broker | None:
-    """The state of every stream and consumer; None where the broker does not answer.
-
-    A consumer that is not there yet (no decode worker of the model has ever started) is left out.
-    """
-    broker = Broker()
-    try:
-        for stream in streams.STREAMS:
-            broker.streams[stream.name] = await bus.stream_state(stream.name)
-        for queue in (streams.REQUESTS, streams.WORK):
-            for subject in queue.subjects:
-                broker.queued.update(await bus.subjects_state(queue.name, subject))
-    except PipelineError:
-        return None
-    for consumer in streams.all_consumers(models):
-        try:
-            state = await bus.consumer_state(consumer.stream, consumer.name)
-        except PipelineError:
-            continue
-        broker.consumers[consumer.stream, consumer.name] = state
-    return broker
-
-
-async def keep_fresh(telemetry: Telemetry, bus: Bus, presence: Presence) -> None:
+async def keep_fresh(telemetry: Telemetry, reader: QueueReader, presence: Presence) -> None:
     """Refresh what `/metrics` shows, for ever."""
     while True:
-        broker = await ask_broker(bus, presence.models())
-        telemetry.refresh(presence.workers(), broker)
+        queues = await reader.read(presence.models())
+        telemetry.refresh(presence.workers(), queues)
         await asyncio.sleep(BROKER_S)
 
 
 async def serve(worker: Worker) -> None:
-    """Listen, and serve `/metrics` on the loopback address until the worker drains."""
-    telemetry = Telemetry()
+    """Listen, and serve `/metrics` until the worker drains."""
+    telemetry = Telemetry(lambda: worker.bus.connected)
     await worker.bus.subscribe(names.METRICS.any(), telemetry.hear)
+    await worker.bus.subscribe(names.KV_EVENTS.any(), telemetry.hear_kv)
     registry = CollectorRegistry()
     registry.register(telemetry)
-    port = worker.settings.metrics_port
+    host, port = worker.settings.metrics_host, worker.settings.metrics_port
     try:
-        server, thread = start_http_server(port, HOST, registry)
+        server, thread = start_http_server(port, host, registry)
     except OSError as error:
-        raise ConfigError(f"/metrics cannot listen on {HOST}:{port}: {error.strerror}", field="metrics_port") from None
-    log.info("metrics_served", worker=worker.name, url=f"http://{HOST}:{server.server_port}/metrics")
+        raise ConfigError(f"/metrics cannot listen on {host}:{port}: {error.strerror}", field="metrics_port") from None
+    log.info("metrics_served", worker=worker.name, url=f"http://{host}:{server.server_port}/metrics")
     worker.ready = True
     try:
         async with asyncio.TaskGroup() as group:
-            refreshing = group.create_task(keep_fresh(telemetry, worker.bus, worker.presence), name="telemetry")
+            refreshing = group.create_task(
+                keep_fresh(telemetry, QueueReader(worker.bus), worker.presence), name="telemetry"
+            )
             await worker.until_drained()
             refreshing.cancel()
     finally:

@@ -377,10 +377,13 @@ class ModelCard(Message, frozen=True, kw_only=True):
 class Load(Message, frozen=True, kw_only=True):
     """What an engine is doing now."""
 
-    running: int = 0
-    waiting: int = 0
-    kv_tokens_used: int = 0
-    kv_tokens: int = 0
+    running: int = 0  # choices
+    waiting: int = 0  # choices inside the engine that wait for a place, or for their KV
+    kv_tokens_used: int = 0  # of running choices; what is only cached does not count
+    kv_tokens: int = 0  # most that fit
+    waiting_prefill_tokens: int = 0  # prompt tokens that wait to be computed, as the engine estimates it
+    generated_tokens_per_s: float = 0.0
+    cached_share: float = 0.0  # in [0, 1], of the prompt tokens that were prefilled last
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
@@ -415,6 +418,7 @@ class MetricsSnapshot(Message, frozen=True, kw_only=True):
     worker: str
     role: Role
     model: str | None = None
+    process: str = ""  # of the engine, which sends a snapshot for each; "": the worker's own
     families: tuple[MetricFamily, ...] = ()
 
 

@@ -7,8 +7,9 @@ granted claim starts the engine on the request: SGLang must know the prefill wor
 
 import asyncio
 import secrets
+import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -16,14 +17,14 @@ from typing import Final
 import msgspec
 import structlog
 
-from pipeline import tracing
+from pipeline import metrics, tracing
 from pipeline.bus import Bus, Received
 from pipeline.engine.protocol import Engine, EngineInfo, EngineOutput, EngineRequest, Room
 from pipeline.errors import BusUnavailable, NoResponders, PipelineError, PrefillLost, from_failure
 from pipeline.meeting import Meetings
 from subjects import names
 from subjects.codec import decode, encode
-from subjects.messages import Claim, Grant, Load, PrefillTask, Refusal
+from subjects.messages import Claim, Grant, Load, MetricFamily, PrefillTask, Refusal
 
 OFFERS_MAX: Final = 4
 """A prompt whose prefill worker was lost this often goes back to the queue of decode tasks."""
@@ -70,6 +71,9 @@ class DisaggregatedEngine:
     async def load(self) -> Load:
         return await self._engine.load()
 
+    def series(self) -> Mapping[str, tuple[MetricFamily, ...]]:
+        return self._engine.series()
+
     async def close(self) -> None:
         await self._engine.close()
 
@@ -78,21 +82,26 @@ class DisaggregatedEngine:
         for number in range(OFFERS_MAX):
             room, offer = secrets.randbits(ROOM_BITS), _Offer()
             self._offers[room] = offer
-            started = False
+            started, offered_s = False, time.monotonic()
             try:
                 await self._publish(request, room)
                 claim = await offer.claim
+                claimed_s = time.monotonic()
+                metrics.PREFILL_CLAIM_SECONDS.observe(claimed_s - offered_s)
                 meeting = self._meetings.begin(room, claim.worker)
                 place = Room(number=room, prefill_worker=claim.worker, prefill_incarnation=claim.incarnation)
                 work = replace(request, rid=f"{request.rid}.{number}", room=place)
                 async with aclosing(_unless_refused(self._engine.generate(work), offer.refusal)) as outputs:
                     async for output in outputs:
+                        if not started:
+                            metrics.PREFILL_KV_SECONDS.observe(time.monotonic() - claimed_s)
                         started = True
                         yield replace(output, prefilled=meeting.prefilled()) if output.finish_reason else output
                 return
             except PrefillLost as error:
                 if started:
                     raise
+                metrics.PREFILL_LOST.inc()
                 log.warning("prefill_lost", room=room, worker=claim.worker, code=error.code, reason=str(error))
             finally:
                 del self._offers[room]

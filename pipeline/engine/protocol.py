@@ -1,6 +1,6 @@
 """What a stage may ask of an engine. The SGLang adapter and the simulated engine both answer to it."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -8,6 +8,7 @@ from subjects.codec import TokenIds
 from subjects.messages import (
     FinishReason,
     Load,
+    MetricFamily,
     OutputOptions,
     PositionLogprobs,
     SamplingOptions,
@@ -109,6 +110,10 @@ class Engine(Protocol):
 
     async def load(self) -> Load:
         """What the engine is doing now."""
+        ...
+
+    def series(self) -> Mapping[str, tuple[MetricFamily, ...]]:
+        """The Prometheus series that the engine itself counts, by its process; empty where it counts none."""
         ...
 
     async def close(self) -> None:

@@ -13,7 +13,7 @@ import asyncio
 import hashlib
 import heapq
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -26,7 +26,7 @@ from pipeline.engine.protocol import EngineInfo, EngineOutput, EngineRequest
 from pipeline.engine.simulated_rooms import KvFetcher, PrefillRooms
 from pipeline.errors import EngineDied, InvalidRequest
 from subjects.codec import TokenIds
-from subjects.messages import FinishReason, Load, PositionLogprobs, TokenLogprob
+from subjects.messages import FinishReason, Load, MetricFamily, PositionLogprobs, TokenLogprob
 
 VOCAB_TOKENS: Final = 32_000
 EOS_TOKEN: Final = 2
@@ -265,7 +265,7 @@ class SimulatedEngine:
         self._slots = asyncio.Semaphore(settings.max_running_requests)
         self._wheel = Wheel(settings.itl_ms / 1000)
         self._running: dict[str, tuple[EngineRequest, Writer]] = {}  # by rid
-        self._waiting: set[str] = set()  # rids
+        self._waiting: dict[str, int] = {}  # prompt tokens by rid
         self._closed = asyncio.Event()
 
     async def start(self) -> EngineInfo:
@@ -301,11 +301,11 @@ class SimulatedEngine:
                 yield output
 
     async def _in_place(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
-        self._waiting.add(request.rid)
+        self._waiting[request.rid] = len(request.token_ids)
         try:
             await self._slots.acquire()
         finally:
-            self._waiting.discard(request.rid)
+            self._waiting.pop(request.rid, None)
         try:
             async with aclosing(self._run(request)) as outputs:
                 async for output in outputs:
@@ -332,7 +332,12 @@ class SimulatedEngine:
             waiting=len(self._waiting),
             kv_tokens_used=used,
             kv_tokens=self._kv_tokens,
+            waiting_prefill_tokens=sum(self._waiting.values()),
         )
+
+    def series(self) -> Mapping[str, tuple[MetricFamily, ...]]:
+        """None: it has no series of its own, and SGLang's names are for SGLang."""
+        return {}
 
     async def warm_up(self) -> None:
         """Nothing to compute."""

@@ -60,7 +60,15 @@ TIMING: Final = m.Timing(
 TEXT: Final = m.TextContent(text="What is the capital of France? 北京 🧑‍🚀")
 SCHEMA: Final = m.JsonSchema(name="answer", schema={"type": "object"}, description="d", strict=True)
 RESPONSE_FORMAT: Final = m.ResponseFormat(type="json_schema", json_schema=SCHEMA)
-LOAD: Final = m.Load(running=2, waiting=1, kv_tokens_used=100, kv_tokens=8192)
+LOAD: Final = m.Load(
+    running=2,
+    waiting=1,
+    kv_tokens_used=100,
+    kv_tokens=8192,
+    waiting_prefill_tokens=700,
+    generated_tokens_per_s=95.5,
+    cached_share=0.25,
+)
 SAMPLE: Final = m.MetricSample(name="sglang_nats_tokens_total", labels={"direction": "out"}, value=8.0)
 FAMILY: Final = m.MetricFamily(name="sglang_nats_tokens", help="Tokens.", type="counter", samples=(SAMPLE,))
 HASHES: Final = BlockHashes.of([-(2**63), -1, 0, 2**63 - 1])
@@ -195,7 +203,9 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
         ),
         SAMPLE,
         FAMILY,
-        m.MetricsSnapshot(worker="decode-1", role="decode", model="smollm2", families=(FAMILY,)),
+        m.MetricsSnapshot(
+            worker="decode-1", role="decode", model="smollm2", process="scheduler dp0 pp0 tp0", families=(FAMILY,)
+        ),
         m.DeadLetter(
             stage="decode",
             subject="subject",

@@ -7,15 +7,26 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline import metrics
+from pipeline import metrics, snapshots
 from pipeline.bus import ConsumerState, Received, StreamState
 from pipeline.presence import WorkerState
-from stages import telemetry as stage
-from stages.telemetry import Broker, Telemetry
+from pipeline.queues import MODELS_MAX, OTHER, Queues, by_queue
+from stages.telemetry import Telemetry
 from subjects import names
-from subjects.codec import decode, encode
+from subjects.codec import BlockHashes, decode, encode
 from subjects.limits import PAYLOAD_BYTES_MAX, PRESENCE_S
-from subjects.messages import Heartbeat, Load, MetricFamily, MetricSample, MetricsSnapshot, Usage
+from subjects.messages import (
+    BlocksCleared,
+    BlocksRemoved,
+    BlocksStored,
+    Heartbeat,
+    KvEvents,
+    Load,
+    MetricFamily,
+    MetricSample,
+    MetricsSnapshot,
+    Usage,
+)
 
 
 def value(name: str, **labels: str) -> float:
@@ -138,12 +149,14 @@ def test_heartbeats_and_queues_are_on_the_page() -> None:
     )
     known = {"role": "decode", "worker": "a", "card": None, "heartbeat": beat, "age_s": 0.1}
     down = WorkerState(role="decode", worker="b", card=None, heartbeat=beat, age_s=9.0, down=True)
-    broker = Broker(
+    consumer = ConsumerState(pending=4, ack_pending=3, redelivered=1, waiting=2, paused=True)
+    queues = Queues(
         streams={"WORK": StreamState(messages=7, bytes=70, first_seq=1, last_seq=7, consumers=1)},
-        consumers={("WORK", "decode-m"): ConsumerState(pending=4, ack_pending=3, redelivered=1, waiting=2)},
-        queued={"a.b": 7},
+        consumers={("WORK", "decode-m"): consumer},
+        oldest_s={("WORK", "decode-m"): 2.5},
+        depths={("decode", "m"): 7},
     )
-    telemetry.refresh((WorkerState(**known, down=False), down), broker)
+    telemetry.refresh((WorkerState(**known, down=False), down), queues)
     page = scraped(telemetry)
     of_worker = {"role": "decode", "worker": "a", "model": "m"}
     assert one(page, "sglang_nats_worker_ready", **of_worker) == 1
@@ -151,10 +164,102 @@ def test_heartbeats_and_queues_are_on_the_page() -> None:
     assert one(page, "sglang_nats_engine_kv_tokens_used", **of_worker) == 70
     assert one(page, "sglang_nats_consumer_pending", stream="WORK", consumer="decode-m") == 4
     assert one(page, "sglang_nats_consumer_ack_pending", stream="WORK", consumer="decode-m") == 3
-    assert one(page, "sglang_nats_queue_depth", subject="a.b") == 7
+    assert one(page, "sglang_nats_consumer_paused", stream="WORK", consumer="decode-m") == 1
+    assert one(page, "sglang_nats_consumer_oldest_seconds", stream="WORK", consumer="decode-m") == 2.5
+    assert one(page, "sglang_nats_queue_depth", queue="decode", model="m") == 7
+    assert one(page, "sglang_nats_broker_up") == 1
     assert len([name for name, _ in page if name == "sglang_nats_worker_ready"]) == 1  # not the one that is down
     telemetry.refresh((), None)  # the broker does not answer: no stale figures
-    assert one(scraped(telemetry), "sglang_nats_queue_depth", subject="a.b") is None
+    page = scraped(telemetry)
+    assert one(page, "sglang_nats_queue_depth", queue="decode", model="m") is None
+    assert one(page, "sglang_nats_broker_up") == 0
+
+
+def test_a_lost_broker_shows_at_the_next_scrape() -> None:
+    there = [True]
+    telemetry = Telemetry(lambda: there[0])
+    telemetry.refresh((), Queues(depths={("requests", "m"): 1}))
+    assert one(scraped(telemetry), "sglang_nats_broker_up") == 1
+    there[0] = False  # no refresh since: the reader waits for an answer that does not come
+    page = scraped(telemetry)
+    assert one(page, "sglang_nats_broker_up") == 0
+    assert one(page, "sglang_nats_queue_depth", queue="requests", model="m") is None
+
+
+def worker_state(worker: str, role: str = "decode", *, down: bool = False) -> WorkerState:
+    beat = Heartbeat(worker=worker, role=role, incarnation="1", model="m", ready=True)
+    return WorkerState(role=role, worker=worker, card=None, heartbeat=beat, age_s=0.1, down=down)
+
+
+def test_a_model_that_lost_its_last_worker_counts_none() -> None:
+    """An alert needs the 0: a series that ends would end the alert with it."""
+    telemetry = Telemetry()
+    telemetry.refresh((worker_state("a"), worker_state("b"), worker_state("t", "telemetry")), Queues())
+    assert one(scraped(telemetry), "sglang_nats_model_workers_ready", model="m", role="decode") == 2
+    telemetry.refresh((worker_state("a", down=True),), Queues())
+    page = scraped(telemetry)
+    assert one(page, "sglang_nats_model_workers_ready", model="m", role="decode") == 0
+    assert len([name for name, _ in page if name == "sglang_nats_model_workers_ready"]) == 1
+
+
+def test_the_models_of_queues_are_bounded() -> None:
+    """Anyone may publish a request to a subject of a model that does not exist."""
+    asked = {names.REQUESTS.of(model=f"m{number:04}"): 2 for number in range(MODELS_MAX + 10)}
+    worked = {names.DECODE_ANY.of(model="m0001"): 3, names.DECODE_WORKER.of(model="m0001", worker="w"): 4}
+    depths = by_queue(asked | worked)
+    assert depths["decode", "m0001"] == 7
+    assert depths["requests", "m0001"] == 2
+    assert depths["requests", OTHER] == 20
+    assert len({model for _, model in depths}) == MODELS_MAX + 1
+
+
+def test_kv_events_are_counted_by_tier_until_their_worker_is_gone() -> None:
+    telemetry = Telemetry()
+    events = (
+        BlocksStored(hashes=BlockHashes.of([1, 2, 3])),
+        BlocksStored(hashes=BlockHashes.of([4]), tier="host"),
+        BlocksRemoved(hashes=BlockHashes.of([1])),
+        BlocksCleared(),
+    )
+    message = KvEvents(worker="a", incarnation="1", seq=1, block_tokens=16, events=events)
+    subject = names.KV_EVENTS.of(model="m", worker="a")
+    for _ in range(2):
+        telemetry.hear_kv(Received(subject, encode(message), None, ""))
+    telemetry.refresh((worker_state("a"),), Queues())
+    page = scraped(telemetry)
+    name, of = "sglang_nats_kv_event_blocks_total", {"model": "m", "worker": "a"}
+    assert one(page, name, event="stored", tier="gpu", **of) == 6
+    assert one(page, name, event="stored", tier="host", **of) == 2
+    assert one(page, name, event="removed", tier="gpu", **of) == 2
+    assert one(page, name, event="cleared", tier="", **of) == 2
+    telemetry.refresh((worker_state("b"),), Queues())
+    assert one(scraped(telemetry), name, event="cleared", tier="", **of) is None
+
+
+def test_processes_of_one_engine_share_a_page_and_are_added_up() -> None:
+    """SGLang's data-parallel ranks count some series under the same labels."""
+    telemetry = Telemetry()
+    own = MetricFamily(name="x", help="X.", type="counter", samples=(MetricSample(name="x", labels={}, value=1),))
+    for process, value_ in (("", 1), ("scheduler 0", 2), ("scheduler 1", 3)):
+        sample = MetricSample(name="sglang:n", labels={"dp_rank": "0"}, value=value_)
+        family = MetricFamily(name="sglang:n", help="N.", type="counter", samples=(sample,))
+        families = (own,) if not process else (family,)
+        telemetry.hear(received(MetricsSnapshot(worker="a", role="decode", process=process, families=families)))
+    telemetry.refresh((), Queues())
+    page = scraped(telemetry)
+    assert one(page, "sglang:n", role="decode", worker="a", dp_rank="0") == 5
+    assert one(page, "x", role="decode", worker="a") == 1
+
+
+def test_a_process_with_too_many_samples_leaves_whole_families_out_and_says_so() -> None:
+    def family(name: str, count: int) -> MetricFamily:
+        samples = tuple(MetricSample(name=name, labels={"i": str(i)}, value=1) for i in range(count))
+        return MetricFamily(name=name, help="X.", type="gauge", samples=samples)
+
+    kept = metrics.bounded([family("a", 10), family("b", metrics.SAMPLES_MAX), family("c", 5)])
+    assert [one_.name for one_ in kept] == ["a", "c", "sglang_nats_process_samples_left_out"]
+    assert kept[-1].samples[0].value == metrics.SAMPLES_MAX
+    assert metrics.bounded([family("a", 10)]) == (family("a", 10),)
 
 
 def test_what_is_malformed_is_counted() -> None:
@@ -165,9 +270,9 @@ def test_what_is_malformed_is_counted() -> None:
 
 
 def test_the_page_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "SAMPLES_A_WORKER_MAX", 3)
-    monkeypatch.setattr(stage, "SAMPLES_MAX", 4)
-    monkeypatch.setattr(stage, "WORKERS_MAX", 2)
+    monkeypatch.setattr(snapshots, "SAMPLES_A_SNAPSHOT_MAX", 3)
+    monkeypatch.setattr(snapshots, "SAMPLES_MAX", 4)
+    monkeypatch.setattr(snapshots, "SNAPSHOTS_MAX", 2)
     samples = tuple(MetricSample(name="x", labels={"i": str(i)}, value=1) for i in range(10))
     family = MetricFamily(name="x", help="X.", type="gauge", samples=samples)
     telemetry = Telemetry()

@@ -32,13 +32,18 @@ SYMBOLS: Final = (
     Symbol(_ENGINE, "Engine.get_all_child_pids", ("self",)),
     Symbol(_ENGINE, "Engine.shutdown", ("self",)),
     Symbol(_ENGINE, "run_data_parallel_controller_process"),
+    Symbol(_ENGINE, "set_prometheus_multiproc_dir", ()),
     Symbol(_MANAGER, "TokenizerManager.generate_request", ("self", "obj", "request")),
     Symbol(_MANAGER, "TokenizerManager.auto_create_handle_loop", ("self",)),
     Symbol(_MANAGER, "TokenizerManager.handle_loop", ("self",)),
     Symbol(_MANAGER, "TokenizerManager.get_loads", ("self",)),
     Symbol(_MANAGER, "TokenizerManager.get_internal_state", ("self",)),
     Symbol("sglang.srt.configs.model_config", "ModelConfig.get_default_sampling_params", ("self",)),
-    Symbol("sglang.srt.managers.scheduler", "run_scheduler_process", ("server_args", "port_args", "pipe_writer")),
+    Symbol(
+        "sglang.srt.managers.scheduler",
+        "run_scheduler_process",
+        ("server_args", "pipe_writer", "dp_rank", "pp_rank", "tp_rank"),
+    ),
     Symbol("sglang.srt.managers.detokenizer_manager", "run_detokenizer_process", ("server_args", "port_args")),
     Symbol(
         "sglang.srt.managers.data_parallel_controller",
@@ -90,6 +95,19 @@ SYMBOLS: Final = (
     ),
     Symbol("sglang.srt.disaggregation.utils", "FAKE_BOOTSTRAP_HOST"),
     Symbol("sglang.srt.managers.load_snapshot", "ShmLoadSnapshotReader", ("path",)),
+    Symbol(
+        "sglang.srt.managers.load_snapshot",
+        "LoadSnapshot",
+        (
+            "num_running_reqs",
+            "num_waiting_reqs",
+            "num_waiting_uncached_tokens",
+            "num_used_tokens",
+            "max_total_num_tokens",
+            "gen_throughput",
+            "cache_hit_rate",
+        ),
+    ),
     Symbol("sglang.srt.server_args", "ServerArgs", ("model_path", "incremental_streaming_output")),
     Symbol("sglang.srt.server_args", "ServerArgs.add_cli_args", ("parser",)),
     Symbol("sglang.srt.plugins.hook_registry", "HookRegistry.register", ("target", "hook", "hook_type")),
@@ -117,6 +135,7 @@ SYMBOLS: Final = (
 _SCHEDULER: Final = "sglang.srt.managers.scheduler"
 TEXTS: Final = (
     Symbol(_ENGINE, "Engine.__init__"),
+    Symbol(_ENGINE, "_set_envs_and_config"),
     Symbol(_MANAGER, "TokenizerManager.auto_create_handle_loop"),
     Symbol(_MANAGER, "TokenizerManager.init_running_status"),
     Symbol(_MANAGER, "TokenizerManager.init_ipc_channels"),
@@ -129,6 +148,7 @@ _LINES: Final = {
         "self.port_args = port_args",
         "self.send_to_rpc = ",
     ),
+    "_set_envs_and_config": ("enable_metrics:\n        set_prometheus_multiproc_dir()",),
     "TokenizerManager.auto_create_handle_loop": ("if self.event_loop is not None:\n            return",),
     "TokenizerManager.init_running_status": ("self.event_loop = None", "self._subprocess_watchdog = None"),
     "TokenizerManager.init_ipc_channels": (

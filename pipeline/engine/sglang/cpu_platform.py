@@ -42,6 +42,7 @@ SERVER_ARGS: Final = {
     # Decode's pages that must make room go to ordinary memory as they do; SGLang's own choice, a pool made at start,
     # wants 10 GiB free besides.
     "disaggregation_decode_retraction_backup": "cpu_tensor",
+    "decode_log_interval": 16,  # about once a second at a CPU's pace: SGLang refreshes its gauges as often
     "sleep_on_idle": True,
     "skip_server_warmup": True,
 }

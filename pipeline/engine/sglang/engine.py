@@ -15,11 +15,11 @@ from typing import Any, Final
 import structlog
 
 from pipeline.engine.protocol import EngineInfo, EngineOutput, EngineRequest
-from pipeline.engine.sglang import launch, outputs, requests
+from pipeline.engine.sglang import launch, outputs, requests, series
 from pipeline.engine.sglang.handshake import HandshakeSettings
 from pipeline.errors import EngineDied, EngineFailed, InvalidRequest, PipelineError
 from pipeline.models import prepare_model
-from subjects.messages import Load, SamplingOptions
+from subjects.messages import Load, MetricFamily, SamplingOptions
 
 INFO_S_MAX: Final = 60.0
 """How long a started scheduler may take to answer its first question."""
@@ -49,6 +49,7 @@ class SglangEngine:
         self._others: frozenset[int] = frozenset()  # ids of children that are not SGLang's
         self._manager: Any = None  # SGLang's TokenizerManager
         self._reading: asyncio.Task[None] | None = None  # its loop over what SGLang's processes send
+        self._inlet = series.Inlet()
         self._sampling = _Sampling()
         self._streams: dict[str, _Stream] = {}  # by rid
         self._death: asyncio.Future[str] | None = None  # why nothing can be generated any more
@@ -60,6 +61,7 @@ class SglangEngine:
         self._death = loop.create_future()
         self._watch_for_death(loop)
         self._others = launch.children()
+        self._inlet.listen()
         self._launched = loop.run_in_executor(self._thread, self._launch)
         self._manager = (await asyncio.shield(self._launched)).tokenizer_manager
         self._read_outputs(loop)
@@ -124,7 +126,14 @@ class SglangEngine:
             waiting=sum(one.num_waiting_reqs for one in loads),
             kv_tokens_used=sum(one.num_used_tokens for one in loads),
             kv_tokens=sum(one.max_total_num_tokens for one in loads),
+            waiting_prefill_tokens=sum(one.num_waiting_uncached_tokens for one in loads),
+            generated_tokens_per_s=sum(one.gen_throughput for one in loads),
+            cached_share=sum(one.cache_hit_rate for one in loads) / max(1, len(loads)),
         )
+
+    def series(self) -> Mapping[str, tuple[MetricFamily, ...]]:
+        """SGLang's Prometheus series, under their own names; see `pipeline.engine.sglang.series`."""
+        return self._inlet.current()
 
     async def died(self) -> str:
         """Wait until nothing can be generated any more, be it for a crash or for `close`; the reason."""
@@ -142,6 +151,7 @@ class SglangEngine:
         if self._launched is not None:
             await self._end_processes(self._launched)
             self._launched = None
+        self._inlet.close()
         if self._previous_sigquit is not None and _in_main_thread():
             signal.signal(signal.SIGQUIT, self._previous_sigquit)
             self._previous_sigquit = None
@@ -152,7 +162,7 @@ class SglangEngine:
         path = prepare_model(self._model_path)
         if self._handshake is not None:
             os.environ.update(self._handshake.to_environment())  # SGLang's processes inherit it
-        return launch.launch(str(path), self._server_args, self._given_up)
+        return launch.launch(str(path), self._server_args, self._given_up, self._inlet.outlet)
 
     def _read_outputs(self, loop: asyncio.AbstractEventLoop) -> None:
         """What SGLang's `auto_create_handle_loop` does at the first request, and no more.

@@ -4,6 +4,7 @@ import atexit
 import functools
 import logging
 import multiprocessing
+import socket
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,24 +14,26 @@ from typing import Any, Final
 
 import psutil
 
-from pipeline.engine.sglang import compat, cpu_platform, processes, server_args
+from pipeline.engine.sglang import compat, cpu_platform, processes, series, server_args
 from pipeline.engine.sglang.handshake import from_environment, install
 from pipeline.errors import EngineStartError, PipelineError
 
 KILL_S_MAX: Final = 10.0
 
 
-def launch(model_path: str, given: Mapping[str, Any], given_up: threading.Event) -> Any:
+def launch(model_path: str, given: Mapping[str, Any], given_up: threading.Event, outlet: socket.socket) -> Any:
     """Start SGLang's processes and load the model; returns a `sglang.Engine`. Blocks for 10 s to minutes.
 
     Run it in a thread that lives until the engine has ended: Linux kills SGLang's children with the *thread* that
     started them. Raises ConfigError for a wrong setting, EngineStartError for all else; no process is left then.
-    Once `given_up` is set it starts nothing.
+    Once `given_up` is set it starts nothing. `outlet`: where SGLang's processes send their metrics, see `series`.
     """
     cpu_platform.prepare()
     compat.check()
     if (handshake := from_environment()) is not None:
         install(handshake)
+    series.keep_in_memory()
+    series.forget_earlier()
     arguments = server_args.resolve(model_path, given)
     before = children()
     if given_up.is_set():
@@ -38,7 +41,7 @@ def launch(model_path: str, given: Mapping[str, Any], given_up: threading.Event)
     with tempfile.TemporaryDirectory(prefix="sglang-nats-") as folder, _root_logging_kept():
         words = Path(folder) / "last-words"
         try:
-            return _engine_class(words)(**arguments)
+            return _engine_class(words, outlet)(**arguments)
         except PipelineError:
             raise
         except Exception as error:  # the guard around all that SGLang does at start
@@ -66,9 +69,9 @@ def disconnect(engine: Any) -> None:
     when the interpreter collects the sockets.
     """
     manager = engine.tokenizer_manager
-    for socket in (manager.send_to_scheduler, manager.recv_from_detokenizer, engine.send_to_rpc):
-        if socket is not None:
-            socket.context.destroy(linger=0)
+    for end in (manager.send_to_scheduler, manager.recv_from_detokenizer, engine.send_to_rpc):
+        if end is not None:
+            end.context.destroy(linger=0)
 
 
 def _files(engine: Any) -> Iterator[Path]:
@@ -104,7 +107,7 @@ def kill(pids: Iterable[int]) -> None:
     psutil.wait_procs(below, timeout=KILL_S_MAX)
 
 
-def _engine_class(last_words: Path) -> type:
+def _engine_class(last_words: Path, outlet: socket.socket) -> type:
     """SGLang's Engine with our entry functions for its processes."""
     from sglang.srt.entrypoints import engine
 
@@ -113,8 +116,10 @@ def _engine_class(last_words: Path) -> type:
         engine.run_data_parallel_controller_process = processes.run_data_parallel_controller
 
     class PipelineEngine(engine.Engine):
-        run_scheduler_process_func = functools.partial(processes.run_scheduler, last_words=last_words)
-        run_detokenizer_process_func = functools.partial(processes.run_detokenizer, last_words=last_words)
+        run_scheduler_process_func = functools.partial(processes.run_scheduler, last_words=last_words, outlet=outlet)
+        run_detokenizer_process_func = functools.partial(
+            processes.run_detokenizer, last_words=last_words, outlet=outlet
+        )
 
     return PipelineEngine
 

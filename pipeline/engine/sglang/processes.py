@@ -4,29 +4,40 @@ A spawned process first unpickles the function that it shall run, and so imports
 SGLang. That is the moment for what has to come before SGLang's import; see `cpu_platform`.
 """
 
+import inspect
 import logging
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.engine.sglang import cpu_platform
+from pipeline.engine.sglang import cpu_platform, series
 
 cpu_platform.prepare()
 
 
-def run_scheduler(*args: Any, last_words: Path, **kwargs: Any) -> Any:
-    """SGLang's scheduler; what it dies of is left in the file `last_words`."""
+def run_scheduler(*args: Any, last_words: Path, outlet: socket.socket, **kwargs: Any) -> Any:
+    """SGLang's scheduler; what it dies of is left in the file `last_words`, its metrics go to `outlet`."""
     _keep_last_words("sglang.srt.managers.scheduler", last_words)
     from sglang.srt.managers.scheduler import run_scheduler_process
 
+    series.send_from(outlet, _rank(run_scheduler_process, args, kwargs))
     return run_scheduler_process(*args, **kwargs)
 
 
-def run_detokenizer(*args: Any, last_words: Path, **kwargs: Any) -> Any:
-    """SGLang's detokenizer; what it dies of is left in the file `last_words`."""
+def run_detokenizer(*args: Any, last_words: Path, outlet: socket.socket, **kwargs: Any) -> Any:
+    """SGLang's detokenizer; what it dies of is left in the file `last_words`, its metrics go to `outlet`."""
     _keep_last_words("sglang.srt.managers.detokenizer_manager", last_words)
     from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
 
+    series.send_from(outlet, "detokenizer")
     return run_detokenizer_process(*args, **kwargs)
+
+
+def _rank(entry: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """A scheduler's place among those of its engine, from what SGLang starts it with."""
+    given = inspect.signature(entry).bind(*args, **kwargs).arguments
+    return f"scheduler dp{given['dp_rank'] or 0} pp{given['pp_rank']} tp{given['tp_rank']}"
 
 
 def run_data_parallel_controller(*args: Any, **kwargs: Any) -> Any:

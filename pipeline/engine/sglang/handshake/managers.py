@@ -16,6 +16,7 @@ from sglang.srt.disaggregation.nixl.conn import KVArgsRegisterInfo, NixlKVManage
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.server_args import ServerArgs
 
+from pipeline import metrics
 from pipeline.engine.sglang.handshake.postbox import Inbox, Postbox
 from pipeline.engine.sglang.handshake.routes import RouteBook, RouteRequests
 from pipeline.engine.sglang.handshake.settings import HandshakeSettings
@@ -211,8 +212,11 @@ class _NatsKVManager(NixlKVManager):
     def _report_written(self, room: int, got_s: float) -> None:
         now_s, sender = time.monotonic(), self.senders.get(room)
         handed_s = sender.handed_s if sender is not None else now_s
+        metrics.KV_TRANSFER_SECONDS.observe(now_s - got_s)
+        metrics.KV_WRITE_SECONDS.observe(now_s - handed_s)
         for info in tuple(self.transfer_infos.get(room, {}).values()):
             pages = len(info.dst_kv_indices)
+            metrics.KV_TRANSFER_BYTES.inc(pages * self.kv_item_lens_sum)
             said = {
                 headers.HANDSHAKE_STATUS: "success",
                 headers.HANDSHAKE_PAGES: str(pages),

@@ -18,6 +18,7 @@ from typing import Final, Protocol
 
 import msgspec
 
+from pipeline import metrics
 from pipeline.bus import Bucket, Bus, Received
 from pipeline.engine.sglang.handshake.link import MESSAGES_MAX, Incoming, Outbound, Outgoing
 from pipeline.engine.sglang.handshake.settings import HandshakeSettings
@@ -385,6 +386,8 @@ class Postbox:
             self._absent(peer)
             return
         self._heard(peer)
+        if (took_us := said.get(headers.HANDSHAKE_US, "")).isdigit():
+            metrics.HANDSHAKE_SECONDS.observe(int(took_us) / 1e6)
         peer.outgoing.receipt(int(said.get(headers.HANDSHAKE_SEQ, "0/0").partition("/")[0]))
 
     # --- peers ------------------------------------------------------------------------------------

@@ -1,0 +1,135 @@
+"""What the broker says of the pipeline's streams, consumers and queues."""
+
+import asyncio
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Final
+
+from pipeline.bus import Bus, ConsumerState, StreamState
+from pipeline.errors import PipelineError
+from subjects import names, streams
+from subjects.streams import ConsumerSpec
+
+ASK_S_MAX: Final = 3.0
+"""The broker answers all questions within this time, or counts as away."""
+REREAD_S: Final = 10.0
+"""The oldest task of a consumer whose floor stands still is looked up again this often: it may have been purged."""
+QUEUES: Final = {
+    "requests": (names.REQUESTS,),
+    "decode": (names.DECODE_ANY, names.DECODE_WORKER),
+    "prefill": (names.PREFILL_ANY, names.PREFILL_WORKER),
+}
+"""Subjects whose messages are one model's queue, by the queue's name."""
+MODELS_MAX: Final = 256
+OTHER: Final = "other"
+"""Takes the place of the models beyond `MODELS_MAX`: anyone may publish to a model's subject that is none."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What JetStream takes of this account."""
+
+    memory_bytes: int = 0
+    file_bytes: int = 0
+    api_errors: int = 0
+
+
+@dataclass(frozen=True)
+class Queues:
+    """What the broker said at one moment."""
+
+    streams: dict[str, StreamState] = field(default_factory=dict)
+    consumers: dict[tuple[str, str], ConsumerState] = field(default_factory=dict)  # by stream and consumer
+    oldest_s: dict[tuple[str, str], float] = field(default_factory=dict)  # age of a consumer's oldest unsettled task
+    depths: dict[tuple[str, str], int] = field(default_factory=dict)  # messages by queue and model
+    storage: Storage = Storage()
+
+
+class QueueReader:
+    """Asks one broker, again and again."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._oldest: dict[tuple[str, str], _Oldest] = {}
+
+    async def read(self, models: Iterable[str]) -> Queues | None:
+        """The state of everything that a pipeline with these models has; None where the broker does not answer.
+
+        A consumer that is not there yet (no decode worker of the model has ever started) is left out.
+        """
+        try:
+            async with asyncio.timeout(ASK_S_MAX):
+                return await self._read(models)
+        except (TimeoutError, PipelineError):
+            return None
+
+    async def _read(self, models: Iterable[str]) -> Queues:
+        queues = Queues(storage=await self._storage(), depths=await self._depths())
+        for stream in streams.STREAMS:
+            queues.streams[stream.name] = await self._bus.stream_state(stream.name)
+        for consumer in streams.all_consumers(models):
+            key = (consumer.stream, consumer.name)
+            try:
+                state = await self._bus.consumer_state(*key)
+            except PipelineError:
+                continue
+            queues.consumers[key] = state
+            queues.oldest_s[key] = await self._oldest_s(consumer, state)
+        return queues
+
+    async def _storage(self) -> Storage:
+        info = await self._bus.api("INFO")
+        return Storage(memory_bytes=info["memory"], file_bytes=info["storage"], api_errors=info["api"]["errors"])
+
+    async def _depths(self) -> dict[tuple[str, str], int]:
+        found: dict[str, int] = {}
+        for stream in (streams.REQUESTS, streams.WORK):
+            for subject in stream.subjects:
+                found.update(await self._bus.subjects_state(stream.name, subject))
+        return by_queue(found)
+
+    async def _oldest_s(self, consumer: ConsumerSpec, state: ConsumerState) -> float:
+        """The age of the oldest task that waits or is in work; 0 where there is none.
+
+        A look-up reads one whole message, so it is made only where the consumer has moved on since the last one.
+        """
+        key = (consumer.stream, consumer.name)
+        if not state.pending and not state.ack_pending:
+            self._oldest.pop(key, None)
+            return 0.0
+        known, now_s = self._oldest.get(key), time.monotonic()
+        if known is None or known.ack_floor != state.ack_floor or now_s - known.read_s > REREAD_S:
+            known = _Oldest(state.ack_floor, await self._stored_unix_s(consumer, state), now_s)
+            self._oldest[key] = known
+        return max(0.0, time.time() - known.stored_unix_s)
+
+    async def _stored_unix_s(self, consumer: ConsumerSpec, state: ConsumerState) -> float:
+        subject = consumer.filter_subject or names.REQUESTS.any()
+        message = await self._bus.next_stored(consumer.stream, subject, state.ack_floor + 1)
+        if message is None:  # settled meanwhile
+            return time.time()
+        return datetime.fromisoformat((message.headers or {})["Nats-Time-Stamp"]).timestamp()
+
+
+@dataclass(frozen=True)
+class _Oldest:
+    ack_floor: int  # the consumer's, when it was looked up
+    stored_unix_s: float
+    read_s: float  # of the monotonic clock
+
+
+def by_queue(subjects: dict[str, int]) -> dict[tuple[str, str], int]:
+    """Messages by subject as messages by queue and model; the models beyond `MODELS_MAX` together as `OTHER`."""
+    depths: dict[tuple[str, str], int] = {}
+    models: set[str] = set()
+    for subject, count in sorted(subjects.items()):
+        for queue, kinds in QUEUES.items():
+            parts = next((parts for kind in kinds if (parts := kind.parse(subject))), None)
+            if parts is None:
+                continue
+            model = parts["model"] if parts["model"] in models or len(models) < MODELS_MAX else OTHER
+            models.add(model)
+            depths[queue, model] = depths.get((queue, model), 0) + count
+    return depths
