@@ -125,6 +125,8 @@ KV_TRANSFER_BYTES: Final = Counter(
 
 SAMPLES_MAX: Final = 2_000
 """Samples of one process in a snapshot, which then stays below the limit of a payload."""
+LEFT_OUT: Final = f"{PREFIX}_process_samples_left_out"
+LEFT_OUT_ABOUT: Final = "Samples of a process that were too many for its snapshot; only there where some were."
 
 
 class TokenClock:
@@ -188,11 +190,6 @@ def bounded(families: Iterable[MetricFamily]) -> tuple[MetricFamily, ...]:
             kept.append(family)
             count += len(family.samples)
     if left_out:
-        kept.append(_left_out(left_out))
+        sample = MetricSample(name=LEFT_OUT, labels={}, value=left_out)
+        kept.append(MetricFamily(name=LEFT_OUT, help=LEFT_OUT_ABOUT, type="gauge", samples=(sample,)))
     return tuple(kept)
-
-
-def _left_out(count: int) -> MetricFamily:
-    name = f"{PREFIX}_process_samples_left_out"
-    about = "Samples of a process that were too many for its snapshot."
-    return MetricFamily(name=name, help=about, type="gauge", samples=(MetricSample(name=name, labels={}, value=count),))
