@@ -465,6 +465,7 @@ def _stage_command(role: str, about: str) -> None:
             typer.Option(metavar="KEY=VALUE", help="The simulated engine, e.g. ttft_ms=20; may be repeated."),
         ] = None,
         metrics_port: Annotated[int | None, typer.Option(help="telemetry: port of /metrics; 0: a free one.")] = None,
+        metrics_host: Annotated[str | None, typer.Option(help="telemetry: address of /metrics.")] = None,
         log_level: Annotated[str | None, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")] = None,
         parent: Annotated[int | None, typer.Option(hidden=True)] = None,
     ) -> None:
@@ -478,6 +479,7 @@ def _stage_command(role: str, about: str) -> None:
             "slots": slots,
             "simulated": {name: _number(text) for name, text in _pairs(simulated, "simulated").items()},
             "metrics_port": metrics_port,
+            "metrics_host": metrics_host,
             "log_level": log_level,
             "sglang": config.sglang_flags(context.args),
         }

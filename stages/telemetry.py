@@ -129,11 +129,11 @@ def serving(before: dict[tuple[str, str], int], workers: Iterable[WorkerState]) 
     counts = dict.fromkeys(before, 0)
     for state in workers:
         model = state.card.model if state.card else state.heartbeat.model if state.heartbeat else None
-        if model is None or state.role not in SERVING_ROLES:
+        if model is None or state.role not in SERVING_ROLES or not state.ready:
             continue
         key = (names.token(model), state.role)
         if key in counts or len(counts) < MODELS_MAX:
-            counts[key] = counts.get(key, 0) + state.ready
+            counts[key] = counts.get(key, 0) + 1
     return counts
 
 

@@ -186,14 +186,16 @@ def test_a_lost_broker_shows_at_the_next_scrape() -> None:
     assert one(page, "sglang_nats_queue_depth", queue="requests", model="m") is None
 
 
-def worker_state(worker: str, role: str = "decode", *, down: bool = False) -> WorkerState:
-    beat = Heartbeat(worker=worker, role=role, incarnation="1", model="m", ready=True)
+def worker_state(worker: str, role: str = "decode", *, ready: bool = True, down: bool = False) -> WorkerState:
+    beat = Heartbeat(worker=worker, role=role, incarnation="1", model="m", ready=ready)
     return WorkerState(role=role, worker=worker, card=None, heartbeat=beat, age_s=0.1, down=down)
 
 
 def test_a_model_that_lost_its_last_worker_counts_none() -> None:
     """An alert needs the 0: a series that ends would end the alert with it."""
     telemetry = Telemetry()
+    telemetry.refresh((worker_state("a", ready=False),), Queues())  # its engine loads for the first time: no alarm
+    assert one(scraped(telemetry), "sglang_nats_model_workers_ready", model="m", role="decode") is None
     telemetry.refresh((worker_state("a"), worker_state("b"), worker_state("t", "telemetry")), Queues())
     assert one(scraped(telemetry), "sglang_nats_model_workers_ready", model="m", role="decode") == 2
     telemetry.refresh((worker_state("a", down=True),), Queues())
