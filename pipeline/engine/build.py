@@ -16,7 +16,10 @@ def build_engine(settings: WorkerSettings, incarnation: str) -> Engine:
     from pipeline.engine.sglang.engine import SglangEngine
     from pipeline.engine.sglang.handshake import HandshakeSettings
 
-    given = {"disaggregation_mode": "prefill"} | settings.sglang if settings.role == "prefill" else settings.sglang
+    ours = {"served_model_name": settings.model} if settings.model else {}  # what SGLang's series call the model
+    if settings.role == "prefill":
+        ours["disaggregation_mode"] = "prefill"
+    given = ours | settings.sglang
     mode = given.get("disaggregation_mode", "null")
     handshake = None
     if mode in ("prefill", "decode"):

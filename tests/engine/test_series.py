@@ -119,9 +119,10 @@ async def test_requests_are_timed_under_sglangs_own_names(sglang: StartedEngine)
 async def test_the_series_leave_without_a_file_and_fit_their_subject(sglang: StartedEngine):
     await until_value(sglang, "sglang:max_total_num_tokens", lambda tokens: tokens > 0)
     assert "PROMETHEUS_MULTIPROC_DIR" not in os.environ
-    for process, families in sglang.engine.series().items():
+    series = sglang.engine.series()
+    assert set(series) == {SCHEDULER, "detokenizer", "tokenizer"}
+    wanted = {"num_retracted_reqs", "spec_accept_length", "kv_evictable_tokens", "queue_time_seconds"}
+    assert {f"sglang:{name}" for name in wanted} <= {family.name for family in series[SCHEDULER]}
+    for process, families in series.items():
         payload = encode(MetricsSnapshot(worker="w", role="decode", process=process, families=families))
-        print(process, len(families), sum(len(family.samples) for family in families), len(payload))
-        for family in families:
-            print("   ", family.name, len(family.samples), family.samples[0].labels)
         assert len(payload) < PAYLOAD_BYTES_MAX / 2
