@@ -816,13 +816,14 @@ class Bus:
     async def consumer_state(self, stream: str, name: str) -> ConsumerState:
         """Raises BrokerRefused where there is no such consumer."""
         info = await self.api(f"CONSUMER.INFO.{stream}.{name}")
+        paused_until = datetime.fromisoformat(info["config"]["pause_until"]).timestamp() if info.get("paused") else None
         return ConsumerState(
             pending=info["num_pending"],
             ack_pending=info["num_ack_pending"],
             redelivered=info["num_redelivered"],
             waiting=info["num_waiting"],
+            paused_until_unix_s=paused_until,
             ack_floor=info["ack_floor"]["stream_seq"],
-            paused=info.get("paused", False),
         )
 
     async def subjects_state(self, name: str, filter_subject: str) -> dict[str, int]:

@@ -94,8 +94,8 @@ class ConsumerState(msgspec.Struct, frozen=True):
     ack_pending: int  # handed out and not settled
     redelivered: int
     waiting: int  # open pull requests
+    paused_until_unix_s: float | None = None  # None: it is not paused
     ack_floor: int = 0  # every message of its filter up to this sequence number is settled
-    paused: bool = False
 
 
 def is_delivery(reply: str) -> bool:

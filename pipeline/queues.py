@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Final
 
 from pipeline.bus import Bus, ConsumerState, StreamState
@@ -16,12 +15,8 @@ ASK_S_MAX: Final = 3.0
 """The broker answers all questions within this time, or counts as away."""
 REREAD_S: Final = 10.0
 """The oldest task of a consumer whose floor stands still is looked up again this often: it may have been purged."""
-QUEUES: Final = {
-    "requests": (names.REQUESTS,),
-    "decode": (names.DECODE_ANY, names.DECODE_WORKER),
-    "prefill": (names.PREFILL_ANY, names.PREFILL_WORKER),
-}
-"""Subjects whose messages are one model's queue, by the queue's name."""
+QUEUED: Final = tuple(kind for kind in names.ALL if kind.any() in (*streams.REQUESTS.subjects, *streams.WORK.subjects))
+"""The subjects of work; a model's that begin alike are one queue: requests, decode or prefill."""
 MODELS_MAX: Final = 256
 OTHER: Final = "other"
 """Takes the place of the models beyond `MODELS_MAX`: anyone may publish to a model's subject that is none."""
@@ -108,9 +103,7 @@ class QueueReader:
     async def _stored_unix_s(self, consumer: ConsumerSpec, state: ConsumerState) -> float:
         subject = consumer.filter_subject or names.REQUESTS.any()
         message = await self._bus.next_stored(consumer.stream, subject, state.ack_floor + 1)
-        if message is None:  # settled meanwhile
-            return time.time()
-        return datetime.fromisoformat((message.headers or {})["Nats-Time-Stamp"]).timestamp()
+        return message.stored_unix_s if message else time.time()  # None: settled meanwhile
 
 
 @dataclass(frozen=True)
@@ -125,11 +118,11 @@ def by_queue(subjects: dict[str, int]) -> dict[tuple[str, str], int]:
     depths: dict[tuple[str, str], int] = {}
     models: set[str] = set()
     for subject, count in sorted(subjects.items()):
-        for queue, kinds in QUEUES.items():
-            parts = next((parts for kind in kinds if (parts := kind.parse(subject))), None)
-            if parts is None:
-                continue
-            model = parts["model"] if parts["model"] in models or len(models) < MODELS_MAX else OTHER
-            models.add(model)
-            depths[queue, model] = depths.get((queue, model), 0) + count
+        for kind in QUEUED:
+            if parts := kind.parse(subject):
+                model = parts["model"] if parts["model"] in models or len(models) < MODELS_MAX else OTHER
+                models.add(model)
+                key = (subject.split(".")[1], model)
+                depths[key] = depths.get(key, 0) + count
+                break
     return depths

@@ -217,7 +217,7 @@ def _queue_families(queues: Queues) -> list[Metric]:
         in_work.add_metric(key, consumer.ack_pending)
         again.add_metric(key, consumer.redelivered)
         waiting.add_metric(key, consumer.waiting)
-        paused.add_metric(key, float(consumer.paused))
+        paused.add_metric(key, float(consumer.paused_until_unix_s is not None))
         oldest.add_metric(key, queues.oldest_s.get(key, 0.0))
     depth = _family("queue_depth", "Tasks in a model's queue, handed out ones included.", ("queue", "model"))
     for queue, count in queues.depths.items():

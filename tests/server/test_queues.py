@@ -4,6 +4,7 @@ import asyncio
 import time
 from datetime import UTC, datetime, timedelta
 
+import pytest
 import pytest_asyncio
 
 from pipeline import queues as module
@@ -43,13 +44,13 @@ async def test_it_tells_what_waits_what_is_in_work_and_since_when(pipeline: Bus,
     assert 0 < busy.oldest_s[KEY] <= time.time() - before_s
     assert busy.streams["WORK"].messages == 3
     assert busy.storage.file_bytes > 0
-    assert not busy.consumers[KEY].paused
+    assert busy.consumers[KEY].paused_until_unix_s is None
 
     await pipeline.ack(first)
     acked = await reader.read(["m"])  # the floor moved: the second task is the oldest now
     assert acked.depths == {("decode", "m"): 2}
-    stored_s = (await pipeline.next_stored("WORK", names.DECODE_ANY.of(model="m"), 1)).headers["Nats-Time-Stamp"]
-    second_age_s = time.time() - datetime.fromisoformat(stored_s).timestamp()
+    second = await pipeline.next_stored("WORK", names.DECODE_ANY.of(model="m"), 1)
+    second_age_s = time.time() - second.stored_unix_s
     assert 0 < acked.oldest_s[KEY] <= second_age_s
     await puller.stop()
 
@@ -75,11 +76,12 @@ async def test_the_oldest_task_is_read_once_while_it_stays_the_oldest(pipeline: 
 
 
 async def test_a_paused_consumer_shows(pipeline: Bus) -> None:
-    until = (datetime.now(UTC) + timedelta(minutes=1)).isoformat()
-    await pipeline.api(f"CONSUMER.PAUSE.{DECODE.stream}.{DECODE.name}", {"pause_until": until})
-    assert (await QueueReader(pipeline).read(["m"])).consumers[KEY].paused
+    until = datetime.now(UTC) + timedelta(minutes=1)
+    await pipeline.api(f"CONSUMER.PAUSE.{DECODE.stream}.{DECODE.name}", {"pause_until": until.isoformat()})
+    paused = (await QueueReader(pipeline).read(["m"])).consumers[KEY]
+    assert paused.paused_until_unix_s == pytest.approx(until.timestamp(), abs=1)
     await pipeline.api(f"CONSUMER.PAUSE.{DECODE.stream}.{DECODE.name}", {})
-    assert not (await QueueReader(pipeline).read(["m"])).consumers[KEY].paused
+    assert (await QueueReader(pipeline).read(["m"])).consumers[KEY].paused_until_unix_s is None
 
 
 async def test_a_broker_that_does_not_answer_is_none_in_time(pipeline: Bus, nats_server, monkeypatch) -> None:

@@ -149,7 +149,7 @@ def test_heartbeats_and_queues_are_on_the_page() -> None:
     )
     known = {"role": "decode", "worker": "a", "card": None, "heartbeat": beat, "age_s": 0.1}
     down = WorkerState(role="decode", worker="b", card=None, heartbeat=beat, age_s=9.0, down=True)
-    consumer = ConsumerState(pending=4, ack_pending=3, redelivered=1, waiting=2, paused=True)
+    consumer = ConsumerState(pending=4, ack_pending=3, redelivered=1, waiting=2, paused_until_unix_s=2e9)
     queues = Queues(
         streams={"WORK": StreamState(messages=7, bytes=70, first_seq=1, last_seq=7, consumers=1)},
         consumers={("WORK", "decode-m"): consumer},
