@@ -4,6 +4,7 @@
 
 Needs `prometheus` on the PATH (Debian's package) and `uv`, which brings matplotlib for the pictures. Prints what each
 rule says in the end. With --kill-decode the decode workers are killed at half time, with --cancel some requests are.
+With --keep Prometheus' own files are kept instead of drawn, to be drawn on a machine that has matplotlib.
 """
 
 import argparse
@@ -13,11 +14,10 @@ import json
 import random
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 from urllib.request import urlopen
@@ -33,11 +33,12 @@ INFRA: Final = Path(__file__).parents[2] / "infra"
 RENDER: Final = Path(__file__).with_name("render_dashboard.py")
 SYSTEM: Final = "You are an assistant that answers in one sentence, plainly, without an introduction. " * 6
 SCRAPE: Final = "2s"
-READY_S_MAX: Final = 20.0
+READY_S_MAX: Final = 90.0
+DRAW_S_MAX: Final = 180.0
 
 
-@contextlib.contextmanager
-def prometheus(address: str, folder: Path) -> Iterator[str]:
+@contextlib.asynccontextmanager
+async def prometheus(address: str, folder: Path) -> AsyncIterator[str]:
     """A Prometheus with our rules that scrapes `address`; its URL."""
     config = (INFRA / "prometheus" / "prometheus.yml").read_text()
     config = config.replace("127.0.0.1:9464", address).replace("interval: 5s", f"interval: {SCRAPE}")
@@ -50,13 +51,15 @@ def prometheus(address: str, folder: Path) -> Iterator[str]:
         *("prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'tsdb'}"),
         f"--web.listen-address=127.0.0.1:{port}",
     ]
-    with (folder / "prometheus.log").open("wb") as log, subprocess.Popen(arguments, stdout=log, stderr=log) as process:
+    with (folder / "prometheus.log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(*arguments, stdout=log, stderr=log)
         try:
             url = f"http://127.0.0.1:{port}"
-            _await_ready(url)
+            await asyncio.to_thread(_await_ready, url)
             yield url
         finally:
             process.terminate()
+            await process.wait()
 
 
 def _await_ready(url: str) -> None:
@@ -137,23 +140,28 @@ async def started(topology: TopologySettings, folder: Path) -> AsyncIterator[tup
 async def show(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        async with started(load_topology(str(given.topology)), folder / "run") as (local, address):
-            with prometheus(address, folder) as url:
-                began_s = time.monotonic()
-                answers = await load(local, given)
-                print(f"{answers} answers in {time.monotonic() - began_s:.0f} s", flush=True)
-                page = (
-                    await asyncio.to_thread(lambda: urlopen(f"http://{address}/metrics", timeout=10).read())
-                ).decode()
-                given.out.mkdir(parents=True, exist_ok=True)
-                if given.page:
-                    given.page.write_text(page)
-                print(*told(url), sep="\n", flush=True)
-                command = ["uv", "run", "-q", "--no-project", "--with", "matplotlib", "python", str(RENDER), url]
-                back_s = round(time.monotonic() - began_s) + 5
-                await asyncio.to_thread(
-                    subprocess.run, [*command, str(given.out), "--seconds", str(back_s)], check=True, timeout=180
-                )
+        topology = load_topology(str(given.topology))
+        async with started(topology, folder / "run") as (local, address), prometheus(address, folder) as url:
+            began_s = time.monotonic()
+            answers = await load(local, given)
+            print(f"{answers} answers in {time.monotonic() - began_s:.0f} s", flush=True)
+            if given.page:
+                page = await asyncio.to_thread(lambda: urlopen(f"http://{address}/metrics", timeout=10).read())
+                given.page.write_bytes(page)
+            print(*told(url), sep="\n", flush=True)
+            if not given.keep:
+                await draw(url, given.out, round(time.monotonic() - began_s) + 5)
+        if given.keep:
+            shutil.copytree(folder / "tsdb", given.keep)
+
+
+async def draw(url: str, out: Path, seconds: int) -> None:
+    """The dashboard's pictures of the last `seconds`."""
+    command = ["uv", "run", "-q", "--no-project", "--with", "matplotlib", "python", str(RENDER), url, str(out)]
+    drawing = await asyncio.create_subprocess_exec(*command, "--seconds", str(seconds))
+    async with asyncio.timeout(DRAW_S_MAX):
+        if await drawing.wait():
+            sys.exit("the pictures could not be drawn; see above")
 
 
 def main() -> None:
@@ -164,6 +172,7 @@ def main() -> None:
     parser.add_argument("--cancel", type=float, default=0.0, help="share of answers given up after their first frame")
     parser.add_argument("--kill-decode", action="store_true", help="kill -9 the decode workers at half time")
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
+    parser.add_argument("--keep", type=Path, help="copy Prometheus' files here, and draw nothing")
     parser.add_argument("--page", type=Path, help="write the /metrics page here in the end")
     given = parser.parse_args()
     try:

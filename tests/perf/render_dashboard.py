@@ -6,6 +6,7 @@ The panels' own queries, filled in as Grafana does; for machines without Grafana
 """
 
 import argparse
+import datetime
 import json
 import time
 from collections.abc import Iterator
@@ -33,19 +34,18 @@ MIB: Final = 1024 * 1024
 class Prometheus:
     """One server's HTTP API."""
 
-    def __init__(self, url: str, seconds: int) -> None:
-        self._url, self._seconds = url.rstrip("/"), seconds
+    def __init__(self, url: str, end_s: float, seconds: int) -> None:
+        self._url, self._end_s, self._seconds = url.rstrip("/"), end_s, seconds
 
     def series(self, expression: str) -> list[dict[str, Any]]:
-        """The expression's series over the last `seconds`."""
-        now_s = time.time()
-        asked = {"query": expression, "start": now_s - self._seconds, "end": now_s, "step": STEP_S}
+        """The expression's series over the `seconds` before the end."""
+        asked = {"query": expression, "start": self._end_s - self._seconds, "end": self._end_s, "step": STEP_S}
         with urlopen(f"{self._url}/api/v1/query_range?{urlencode(asked)}", timeout=10) as answer:
             return json.load(answer)["data"]["result"]
 
     def values(self, label: str, of: str) -> list[str]:
         """The values of a label among a series."""
-        asked = urlencode({"match[]": of})
+        asked = urlencode({"match[]": of, "start": self._end_s - self._seconds, "end": self._end_s})
         with urlopen(f"{self._url}/api/v1/label/{label}/values?{asked}", timeout=10) as answer:
             return json.load(answer)["data"]
 
@@ -109,8 +109,6 @@ def drawn(axes: Any, panel: dict[str, Any], prometheus: Prometheus, telemetry: s
 
 
 def time_of(unix_s: float) -> Any:
-    import datetime
-
     return datetime.datetime.fromtimestamp(unix_s, datetime.UTC)
 
 
@@ -154,9 +152,10 @@ def main() -> None:
     parser.add_argument("prometheus", help="its URL")
     parser.add_argument("out", type=Path, help="folder of the PNGs")
     parser.add_argument("--seconds", type=int, default=300, help="how far back")
+    parser.add_argument("--end", type=float, default=time.time(), help="seconds since the Unix epoch; default: now")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    prometheus = Prometheus(given.prometheus, given.seconds)
+    prometheus = Prometheus(given.prometheus, given.end, given.seconds)
     telemetry = prometheus.values("instance", "sglang_nats_broker_up")[0]
     for title, panels in rows(json.loads(DASHBOARD.read_text())["panels"]):
         empty = draw_row(title, panels, prometheus, telemetry, given.out)
