@@ -69,7 +69,11 @@ def test_cpu_defaults_give_way_to_what_the_user_set():
 
 def test_there_are_no_cpu_defaults_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cpu_platform, "accelerator_present", lambda: True)
-    assert resolve("model", {}) == {"model_path": "model", "incremental_streaming_output": True}
+    assert resolve("model", {}) == {
+        "model_path": "model",
+        "incremental_streaming_output": True,
+        "enable_metrics": True,
+    }
 
 
 def test_disaggregation_goes_over_nixl():
