@@ -11,12 +11,13 @@ from typing import Final
 
 import msgspec
 import structlog
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from pipeline import metrics
 from pipeline.bus import Received
 from pipeline.errors import ConfigError
+from pipeline.metrics_page import MetricsPage
 from pipeline.presence import Presence, WorkerState
 from pipeline.queues import MODELS_MAX, QueueReader, Queues
 from pipeline.snapshots import Snapshots, merged
@@ -250,10 +251,10 @@ async def serve(worker: Worker) -> None:
     registry.register(telemetry)
     host, port = worker.settings.metrics_host, worker.settings.metrics_port
     try:
-        server, thread = start_http_server(port, host, registry)
+        page = MetricsPage(registry, host, port)
     except OSError as error:
         raise ConfigError(f"/metrics cannot listen on {host}:{port}: {error.strerror}", field="metrics_port") from None
-    log.info("metrics_served", worker=worker.name, url=f"http://{host}:{server.server_port}/metrics")
+    log.info("metrics_served", worker=worker.name, url=page.url)
     worker.ready = True
     try:
         async with asyncio.TaskGroup() as group:
@@ -263,6 +264,4 @@ async def serve(worker: Worker) -> None:
             await worker.until_drained()
             refreshing.cancel()
     finally:
-        await asyncio.to_thread(server.shutdown)
-        server.server_close()
-        thread.join()
+        await asyncio.to_thread(page.close)

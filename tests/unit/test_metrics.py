@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from urllib.request import Request, urlopen
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
@@ -9,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline import metrics, snapshots
 from pipeline.bus import ConsumerState, Received, StreamState
+from pipeline.metrics_page import MetricsPage
 from pipeline.presence import WorkerState
 from pipeline.queues import MODELS_MAX, OTHER, Queues, by_queue
 from stages.telemetry import Telemetry
@@ -121,6 +123,25 @@ def test_two_workers_share_a_family_and_keep_their_labels() -> None:
     assert one(page, "t_tokens_total", role="decode", worker="a", model="m") == 4
     assert one(page, "t_tokens_total", role="decode", worker="b", model="m") == 5
     assert one(page, "t_in_flight", role="decode", worker="b", model="m", stage="decode") == 5
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "application/openmetrics-text;version=1.0.0;q=0.75,text/plain;version=0.0.4;q=0.5",  # Prometheus 2.42
+        "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,text/plain;q=0.3",  # Prometheus 3
+        "*/*",
+    ],
+)
+def test_sglangs_names_keep_their_colon_over_http(accept: str) -> None:
+    registry = CollectorRegistry()
+    Gauge("sglang:token_usage", "Usage.", registry=registry).set(0.5)
+    page = MetricsPage(registry, "127.0.0.1", 0)
+    try:
+        with urlopen(Request(page.url, headers={"Accept": accept}), timeout=5) as answer:
+            assert "sglang:token_usage 0.5" in answer.read().decode().splitlines()
+    finally:
+        page.close()
 
 
 def test_a_silent_worker_leaves_the_page(clock: list[float]) -> None:
