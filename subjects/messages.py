@@ -336,7 +336,7 @@ class Cancel(Message, frozen=True, kw_only=True):
 
 
 class ControlRequest(Message, frozen=True, kw_only=True):
-    """An operator's command to one worker; `arguments` are the operation's own."""
+    """An operator's command to one worker; `arguments` are the operation's own (`sglang-nats control --list`)."""
 
     arguments: dict[str, Any] = {}
 
@@ -393,6 +393,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     model: str | None = None  # None: serves every model
     ready: bool = False
     draining: bool = False
+    paused: bool = False  # takes no new work until it is resumed; what runs goes on
     slots: int = 0  # most tasks at once
     in_flight: int = 0
     load: Load = Load()

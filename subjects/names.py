@@ -243,6 +243,8 @@ MAX_DELIVERIES_ADVISORIES: Final = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>
 LEADER_ELECTED: Final = "$JS.EVENT.ADVISORY.STREAM.LEADER_ELECTED"
 """`.<stream>`: a cluster's stream has a new leader; what was published to it in between may not be in it."""
 JS_API: Final = "$JS.API"
+SRV: Final = "$SRV"
+"""`.<PING|INFO|STATS>[.<name>[.<id>]]`: how micro services are found (NATS ADR-32); every worker answers."""
 JS_ACK: Final = "$JS.ACK"
 KV: Final = "$KV"
 

@@ -196,6 +196,7 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             model="smollm2",
             ready=True,
             draining=True,
+            paused=True,
             slots=64,
             in_flight=3,
             load=LOAD,
