@@ -68,7 +68,7 @@ class Puller:
         self._heard_s = 0.0
         self._retry_s = RETRY_S_MIN
         self._wake = asyncio.Event()
-        self._stopped = False
+        self._stopped = self._paused = False
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -94,6 +94,20 @@ class Puller:
         self._retry_s = RETRY_S_MIN
         self._wake.set()
 
+    async def pause(self) -> None:
+        """Take back what is asked for, until `unpause`; one that is under way goes back to the broker at once."""
+        self._paused = True
+        self._asked = 0
+        self._generation += 1
+        old, self._subscription = self._subscription, None
+        if old:
+            await old.drain()
+
+    def unpause(self) -> None:
+        """Ask again."""
+        self._paused = False
+        self.resume()
+
     async def stop(self) -> None:
         """After this, no delivery is handed over; one that is under way goes back to the broker at once."""
         if self._stopped:
@@ -113,7 +127,7 @@ class Puller:
             except TimeoutError:
                 self._renew_due |= self._silent()
             self._wake.clear()
-            if not self._bus.connected:
+            if self._paused or not self._bus.connected:
                 continue
             try:
                 if self._renew_due:
@@ -152,7 +166,7 @@ class Puller:
         self._renew_due = False
 
     async def _top_up(self) -> None:
-        if self._stopped or self._subscription is None or not self._short():
+        if self._stopped or self._paused or self._subscription is None or not self._short():
             return
         batch = self._credit - self._asked
         self._asked += batch
@@ -169,7 +183,7 @@ class Puller:
         if generation == self._generation:
             self._asked -= 1
         delivery = delivery_of(received)
-        if self._stopped or self._credit <= 0:
+        if self._stopped or self._paused or self._credit <= 0:
             self._bus.spawn(self._bus.nak(delivery))
             return
         self._retry_s = RETRY_S_MIN

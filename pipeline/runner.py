@@ -59,7 +59,7 @@ log = structlog.get_logger()
 
 
 class HandOver(Exception):
-    """The worker drains: another one is to go on with the task."""
+    """The worker drains, or its engine stands still: another one is to go on with the task."""
 
 
 @dataclass(slots=True)
@@ -92,6 +92,7 @@ class Runner:
         self._broker_age = BrokerAge(bus)
         self._running: dict[str, _Running] = {}  # by ack subject
         self._pullers: list[Puller] = []
+        self._paused: dict[str, None] = {}  # why, in order
         self._idle = asyncio.Event()
         self._idle.set()
         bus.on_reconnect(self._catch_up)
@@ -130,6 +131,30 @@ class Runner:
             await self._bus.subscribe(f"{names.LEADER_ELECTED}.{streams.RESPONSES.name}", self._hear_election)
         puller = await self._bus.pull(consumer, take, credit=slots)
         self._pullers.append(puller)
+        if self._paused:
+            await puller.pause()
+
+    @property
+    def paused(self) -> tuple[str, ...]:
+        """Why no tasks are taken; empty where they are."""
+        return tuple(self._paused)
+
+    async def pause(self, why: str) -> None:
+        """Take no more tasks until `resume` with the same word; what runs goes on. Others may pause it as well."""
+        self._paused[why] = None
+        for puller in self._pullers:
+            await puller.pause()
+
+    def resume(self, why: str) -> None:
+        """Take tasks again, unless someone else wants the pause to last. Does nothing where `why` did not pause."""
+        if self._paused.pop(why, self) is None and not self._paused:
+            for puller in self._pullers:
+                puller.unpause()
+
+    def hand_over(self) -> None:
+        """Give what runs to other workers at once, each task with its checkpoint."""
+        for running in self._running.values():
+            running.end(HandOver())
 
     async def drain(self, timeout_s: float = DRAIN_S) -> None:
         """Take no more, let what runs finish, and hand over what is left at the end of `timeout_s`."""
@@ -137,8 +162,7 @@ class Runner:
             await puller.stop()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout_s)
-        for running in self._running.values():
-            running.end(HandOver())
+        self.hand_over()
         await self._idle.wait()
 
     def _hear_election(self, _: Received) -> None:

@@ -288,3 +288,46 @@ async def test_no_more_tasks_at_once_than_slots(scene):
     assert len(seen) == made.in_flight == 3
     state = await scene.bus.consumer_state("WORK", streams.decode_any(MODEL).name)
     assert (state.ack_pending, state.pending) == (3, 5)
+
+
+async def test_a_paused_runner_takes_nothing_until_nobody_wants_the_pause(scene):
+    @stage(name="decode", takes=PreprocessedRequest, answer=answer)
+    async def one_frame(task) -> AsyncIterator[Emit]:
+        yield frame(task, 0, last=True)
+
+    runner = await scene.run(one_frame)
+    await runner.pause("operator")
+    await runner.pause("engine")
+    await scene.ask("r1")
+    runner.resume("operator")
+    runner.resume("nobody")
+    assert runner.paused == ("engine",)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(scene.frames.get(), 0.5)
+    assert (await scene.bus.consumer_state("WORK", streams.decode_any(MODEL).name)).ack_pending == 0
+    runner.resume("engine")
+    assert (await scene.next_frame()).finish_reason == "stop"
+    await scene.settled()
+
+
+async def test_a_paused_runner_finishes_what_it_has_or_hands_it_over(scene):
+    go = asyncio.Event()
+
+    @stage(name="decode", takes=PreprocessedRequest, answer=answer)
+    async def waits(task) -> AsyncIterator[Emit]:
+        yield frame(task, 0, last=False)
+        if task.attempt == 1:
+            await go.wait()
+        yield frame(task, 1, last=True)
+
+    runner = await scene.run(waits)
+    await scene.ask("r1")
+    assert (await scene.next_frame()).index == 0
+    await runner.pause("engine")
+    assert runner.in_flight == 1
+    runner.hand_over()
+    other = await scene.run(waits)
+    frames = [await scene.next_frame() for _ in range(3)]
+    assert [(one.attempt, one.index) for one in frames] == [(1, 0), (2, 0), (2, 1)]  # first its checkpoint
+    await scene.settled()
+    assert (runner.in_flight, other.in_flight) == (0, 0)
