@@ -399,6 +399,29 @@ def drain(worker: Annotated[str, typer.Argument(help="Its name, as in `workers`.
     raise typer.Exit(_run(control.drain(nats or config.nats_url(), worker)))
 
 
+@app.command(rich_help_panel=RUN)
+def control(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[WORKER] OPERATION [KEY=VALUE]...", help="Who, what, and its arguments; see --list."),
+    ] = None,
+    everyone: Annotated[bool, typer.Option("--all", help="Every worker that can; WORKER is left out.")] = False,
+    role: Annotated[str | None, typer.Option(metavar="ROLE", help="Every worker of a role, e.g. decode.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Every worker of a served model.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Show the operations and their arguments.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each answer as a line of JSON.")] = False,
+    nats: NatsOption = None,
+) -> None:
+    """Have a worker do something: pause, flush its cache, change its weights, record a profile, and more."""
+    from pipeline import control as controlling
+
+    if listed:
+        controlling.show_operations()
+        return
+    chosen = controlling.Chosen(everyone=everyone, role=role, model=model)
+    raise typer.Exit(_run(controlling.control(nats or config.nats_url(), words or (), chosen, as_json=as_json)))
+
+
 @dead_letters.command("list")
 def dead_list(nats: NatsOption = None) -> None:
     """Every letter: when it died, where, of what."""

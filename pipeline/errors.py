@@ -10,10 +10,13 @@
     │   ├── Cancelled           499  by the client or an operator
     │   ├── OutputGone          410  frames that are asked for are no longer kept
     │   ├── NotPermitted        403  the broker does not let this connection use the subject
+    │   ├── NotSupported        501  this worker or its engine cannot do what an operator asks for
     │   ├── EngineFailed        500  the engine gave up on this request
     │   └── AttemptsExhausted   500  handed out too often without an end
     ├── Transient               may succeed later: nak with a delay
     │   ├── Overloaded          429  a queue is full; carries retry_after_s
+    │   ├── Busy                409  an operation does not fit what the worker is doing now
+    │   ├── EngineSuspended     503  an operator took the engine's memory or weights; another worker can go on
     │   ├── EngineDied          503  the engine ended with the request in it; another worker can take it
     │   ├── PrefillLost         503  the KV of a prompt did not come; another prefill worker can make it
     │   └── BusUnavailable      503  the broker cannot be reached or did not acknowledge in time
@@ -102,6 +105,10 @@ class NotPermitted(Permanent):
     code, status = "not_permitted", 403
 
 
+class NotSupported(Permanent):
+    code, status = "not_supported", 501
+
+
 class EngineFailed(Permanent):
     code, status = "engine_failed", 500
 
@@ -116,6 +123,14 @@ class Transient(PipelineError):
 
 class Overloaded(Transient):
     code, status = "overloaded", 429
+
+
+class Busy(Transient):
+    code, status = "busy", 409
+
+
+class EngineSuspended(Transient):
+    code, status = "engine_suspended", 503
 
 
 class EngineDied(Transient):

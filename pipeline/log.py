@@ -6,7 +6,7 @@ call to it. Prompts and outputs are never logged.
 
 import logging
 import sys
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import structlog
 
@@ -37,20 +37,40 @@ KEYS: Final = frozenset(
 )
 
 
+_NUMBERS: Final = {name.lower(): number for name, number in logging.getLevelNamesMapping().items()}
+_floor: dict[str, int] = {"level": logging.INFO}
+
+
 def configure(level: Level = "info") -> None:
     """Set up the process's log, the standard library's included. Call once, before the first event."""
-    number = logging.getLevelNamesMapping()[level.upper()]
     person = sys.stderr.isatty()
     structlog.configure(
         processors=[
+            _drop_below_level,
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             *([] if person else [structlog.processors.dict_tracebacks]),
             structlog.dev.ConsoleRenderer() if person else structlog.processors.JSONRenderer(),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(number),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
-    logging.basicConfig(level=max(number, logging.WARNING), stream=sys.stderr)
+    logging.basicConfig(stream=sys.stderr)
+    set_level(level)
+
+
+def set_level(level: Level) -> Level:
+    """Change the level, the standard library's included, which stays at warning or above; the level before."""
+    before = logging.getLevelName(_floor["level"]).lower()
+    _floor["level"] = _NUMBERS[level]
+    logging.getLogger().setLevel(max(_floor["level"], logging.WARNING))
+    return before
+
+
+def _drop_below_level(logger: Any, method: str, event: dict[str, Any]) -> dict[str, Any]:
+    """The level may change while loggers are kept, so that they cannot know it themselves."""
+    if _NUMBERS.get(method, logging.ERROR) < _floor["level"]:
+        raise structlog.DropEvent
+    return event

@@ -160,10 +160,15 @@ class Runner:
         """Take no more, let what runs finish, and hand over what is left at the end of `timeout_s`."""
         for puller in self._pullers:
             await puller.stop()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        await self.until_idle(timeout_s)
         self.hand_over()
         await self._idle.wait()
+
+    async def until_idle(self, timeout_s: float) -> bool:
+        """Wait until nothing runs; whether that came in time."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        return self._idle.is_set()
 
     def _hear_election(self, _: Received) -> None:
         """The log had no leader for a while, and live frames wait for no confirmation."""

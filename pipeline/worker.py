@@ -16,21 +16,22 @@ import structlog
 import uvloop
 
 from pipeline import metrics, spans
-from pipeline.bus import Bus, Received
+from pipeline.bus import Bus
 from pipeline.cancel import Cancellations
+from pipeline.commands import Commands
 from pipeline.config import WorkerSettings
 from pipeline.engine.build import build_engine
 from pipeline.engine.protocol import Engine, EngineInfo
-from pipeline.errors import ConfigError, EngineDied, InvalidRequest, PipelineError
+from pipeline.errors import Busy, ConfigError, EngineDied, NotSupported, PipelineError
 from pipeline.lease import LeaseKeeper
 from pipeline.presence import Announcer, Presence
 from pipeline.responses import StreamLog
 from pipeline.runner import Runner
 from pipeline.stage import Stage
 from subjects import names, streams
-from subjects.codec import Format, encode, format_of
+from subjects.codec import encode
 from subjects.limits import HEARTBEAT_S
-from subjects.messages import ControlReply, Heartbeat, Load, MetricsSnapshot, ModelCard
+from subjects.messages import Heartbeat, Load, MetricsSnapshot, ModelCard
 from subjects.streams import ConsumerSpec
 
 STAGES = "sglang_nats.stages"
@@ -74,7 +75,8 @@ class Worker:
             self.bus, settings.role, self.name, settings.model, self.incarnation, self._heartbeat
         )
         await self._announcer.start()
-        await self.bus.subscribe(names.CONTROL.any(worker=self.name), self._control)
+        self._commands = Commands(self)
+        await self._commands.start()
         self._tasks.append(asyncio.create_task(self._report(), name="metrics"))
 
     @property
@@ -88,6 +90,29 @@ class Worker:
     def slots(self) -> int:
         """Most tasks at once."""
         return self.settings.slots or (self.info.max_running_requests if self.info else SLOTS_DEFAULT)
+
+    @property
+    def in_flight(self) -> int:
+        """Tasks in work."""
+        return self._runner.in_flight if self._runner else 0
+
+    @property
+    def draining(self) -> bool:
+        """Whether it takes no more work until its end."""
+        return self._draining.is_set()
+
+    @property
+    def paused(self) -> tuple[str, ...]:
+        """Why it takes no work for now; empty where it does."""
+        return self._runner.paused if self._runner else ()
+
+    def taking(self) -> Runner:
+        """What takes tasks here, to be paused and resumed. Raises Busy or NotSupported where there is nothing."""
+        if self._runner is None:
+            if self.ready:
+                raise NotSupported(f"a {self.settings.role} worker takes no tasks")
+            raise Busy(f"{self.name} is still starting")
+        return self._runner
 
     @property
     def disaggregated(self) -> bool:
@@ -150,30 +175,12 @@ class Worker:
         self.ready = False
         self._draining.set()
 
-    def _control(self, received: Received) -> None:
-        """Obey an operator's command, and answer it in kind; one by hand, without a payload, in JSON."""
-        parts = names.CONTROL.parse(received.subject)
-        assert parts, received.subject
-        operation, error = parts["operation"], None
-        if operation == "drain":
-            log.info("drain_asked", worker=self.name)
-            self.drain()
-        elif operation != "ping":
-            error = InvalidRequest(f"operation: {operation!r} is not one of ping, drain", field="operation").failure()
-        result = {
-            "incarnation": self.incarnation,
-            "draining": self._draining.is_set(),
-            "in_flight": self._runner.in_flight if self._runner else 0,
-        }
-        form = format_of(received.payload) if received.payload else Format.JSON
-        reply = encode(ControlReply(ok=error is None, result=result, error=error), form)
-        self.bus.spawn(self.bus.respond(received, reply))
-
     async def close(self) -> None:
         """End everything that `open` and `start_engine` began. Each step is bounded."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._commands.close()
         await self._announcer.close()
         if self.engine:
             await self.engine.close()
@@ -186,10 +193,11 @@ class Worker:
             role=self.settings.role,  # type: ignore[arg-type]
             incarnation=self.incarnation,
             model=self.settings.model,
-            ready=self.ready,
-            draining=self._draining.is_set(),
+            ready=self.ready and not self.paused,
+            draining=self.draining,
+            paused=bool(self.paused),
             slots=self.slots,
-            in_flight=self._runner.in_flight if self._runner else 0,
+            in_flight=self.in_flight,
             load=self._load,
             sent_unix_s=time.time(),
         )
@@ -210,7 +218,7 @@ class Worker:
     async def _report(self) -> None:
         subject = names.METRICS.of(role=self.settings.role, worker=self.name)
         while True:
-            metrics.IN_FLIGHT.labels(self.settings.role).set(self._runner.in_flight if self._runner else 0)
+            metrics.IN_FLIGHT.labels(self.settings.role).set(self.in_flight)
             metrics.OLDEST_TASK_SECONDS.labels(self.settings.role).set(self._runner.oldest_s if self._runner else 0)
             of_engine = self.engine.series() if self.engine and self.info else {}
             for process, families in {"": metrics.bounded(metrics.snapshot()), **of_engine}.items():

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -22,6 +22,7 @@ from pipeline.bus import Bus, Received
 from pipeline.engine.protocol import Engine, EngineInfo, EngineOutput, EngineRequest, Room
 from pipeline.errors import BusUnavailable, NoResponders, PipelineError, PrefillLost, from_failure
 from pipeline.meeting import Meetings
+from pipeline.operations import Arguments
 from subjects import names
 from subjects.codec import decode, encode
 from subjects.messages import Claim, Grant, Load, MetricFamily, PrefillTask, Refusal
@@ -73,6 +74,13 @@ class DisaggregatedEngine:
 
     def series(self) -> Mapping[str, tuple[MetricFamily, ...]]:
         return self._engine.series()
+
+    @property
+    def suspended(self) -> str | None:
+        return self._engine.suspended
+
+    async def control(self, operation: str, arguments: Arguments) -> dict[str, Any]:
+        return await self._engine.control(operation, arguments)
 
     async def close(self) -> None:
         await self._engine.close()

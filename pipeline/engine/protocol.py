@@ -2,8 +2,9 @@
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+from pipeline.operations import Arguments
 from subjects.codec import TokenIds
 from subjects.messages import (
     FinishReason,
@@ -96,6 +97,7 @@ class Engine(Protocol):
             InvalidRequest: the engine refuses the request.
             EngineFailed: the engine gave up on this request.
             EngineDied: the engine ended, or is not started.
+            EngineSuspended: see `suspended`.
             PrefillLost: with a room, its KV could not be moved.
         """
         ...
@@ -114,6 +116,26 @@ class Engine(Protocol):
 
     def series(self) -> Mapping[str, tuple[MetricFamily, ...]]:
         """The Prometheus series that the engine itself counts, by its process; empty where it counts none."""
+        ...
+
+    @property
+    def suspended(self) -> str | None:
+        """Why nothing can be generated until an operator ends that, e.g. released memory; None where it can."""
+        ...
+
+    async def control(self, operation: str, arguments: Arguments) -> dict[str, Any]:
+        """Carry out an operation of `pipeline.operations`, one at a time; its result, of plain types.
+
+        Where its arguments are `WithIdleEngine`, nothing is being generated and nothing will be meanwhile. It cannot
+        be broken off.
+
+        Raises:
+            NotSupported: the engine cannot do that, or was started without what it needs.
+            InvalidRequest: an argument does not fit this engine.
+            Busy: not now.
+            EngineFailed: the engine tried and failed.
+            EngineDied: the engine ended.
+        """
         ...
 
     async def close(self) -> None:

@@ -16,7 +16,7 @@ import math
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -24,7 +24,8 @@ from pipeline.bus import Bus
 from pipeline.config import SimulatedSettings
 from pipeline.engine.protocol import EngineInfo, EngineOutput, EngineRequest
 from pipeline.engine.simulated_rooms import KvFetcher, PrefillRooms
-from pipeline.errors import EngineDied, InvalidRequest
+from pipeline.errors import Busy, EngineDied, EngineSuspended, InvalidRequest, NotSupported
+from pipeline.operations import Arguments
 from subjects.codec import TokenIds
 from subjects.messages import FinishReason, Load, MetricFamily, PositionLogprobs, TokenLogprob
 
@@ -267,6 +268,7 @@ class SimulatedEngine:
         self._running: dict[str, tuple[EngineRequest, Writer]] = {}  # by rid
         self._waiting: dict[str, int] = {}  # prompt tokens by rid
         self._closed = asyncio.Event()
+        self._released = False
 
     async def start(self) -> EngineInfo:
         settings = self._settings
@@ -339,6 +341,26 @@ class SimulatedEngine:
         """None: it has no series of its own, and SGLang's names are for SGLang."""
         return {}
 
+    @property
+    def suspended(self) -> str | None:
+        """See `Engine.suspended`."""
+        return "its memory is released: resume_memory brings it back" if self._released else None
+
+    async def control(self, operation: str, arguments: Arguments) -> dict[str, Any]:
+        """See `Engine.control`. What it cannot do honestly, it refuses: it has no weights, no experts, no kernels."""
+        match operation:
+            case "server_info":
+                return msgspec.to_builtins(self._settings)
+            case "flush_cache":
+                return {"flushed": True}  # nothing is cached
+            case "release_memory" | "resume_memory":
+                release = operation == "release_memory"
+                if release == self._released:
+                    raise Busy(f"{operation}: its memory is {'' if release else 'not '}released")
+                self._released = release
+                return {"released": ["kv_cache"] if release else []}
+        raise NotSupported(f"the simulated engine cannot {operation}: it computes nothing")
+
     async def warm_up(self) -> None:
         """Nothing to compute."""
 
@@ -399,6 +421,8 @@ class SimulatedEngine:
             raise EngineDied("the simulated engine was closed")
         if request.rid in self._running or request.rid in self._waiting:
             raise InvalidRequest(f"the engine already has a request {request.rid!r}", field="rid")
+        if self.suspended:
+            raise EngineSuspended(f"the engine is suspended: {self.suspended}")
         size, limit = len(request.token_ids) + request.stop.max_tokens, self._settings.context_len_tokens
         if size > limit:
             raise InvalidRequest(

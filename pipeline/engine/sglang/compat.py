@@ -26,6 +26,7 @@ class Symbol:
 
 _ENGINE: Final = "sglang.srt.entrypoints.engine"
 _MANAGER: Final = "sglang.srt.managers.tokenizer_manager"
+_IO: Final = "sglang.srt.managers.io_struct"
 SYMBOLS: Final = (
     Symbol(_ENGINE, "Engine.run_scheduler_process_func"),
     Symbol(_ENGINE, "Engine.run_detokenizer_process_func"),
@@ -38,6 +39,38 @@ SYMBOLS: Final = (
     Symbol(_MANAGER, "TokenizerManager.handle_loop", ("self",)),
     Symbol(_MANAGER, "TokenizerManager.get_loads", ("self",)),
     Symbol(_MANAGER, "TokenizerManager.get_internal_state", ("self",)),
+    Symbol(_MANAGER, "TokenizerManager.flush_cache", ("self", "timeout_s")),
+    Symbol(_MANAGER, "TokenizerManager.release_memory_occupation", ("self", "obj", "request")),
+    Symbol(_MANAGER, "TokenizerManager.resume_memory_occupation", ("self", "obj", "request")),
+    Symbol(_MANAGER, "TokenizerManager.update_weights_from_disk", ("self", "obj", "request")),
+    Symbol(_MANAGER, "TokenizerManager.start_profile", ("self", "req")),
+    Symbol(_MANAGER, "TokenizerManager.stop_profile", ("self",)),
+    Symbol(_MANAGER, "TokenizerManager.start_expert_distribution_record", ("self",)),
+    Symbol(_MANAGER, "TokenizerManager.stop_expert_distribution_record", ("self",)),
+    Symbol(_MANAGER, "TokenizerManager.dump_expert_distribution_record", ("self",)),
+    Symbol(_IO, "FlushCacheReqOutput", ("success", "message")),
+    Symbol(_IO, "ReleaseMemoryOccupationReqInput", ("tags",)),
+    Symbol(_IO, "ResumeMemoryOccupationReqInput", ("tags",)),
+    Symbol(_IO, "UpdateWeightFromDiskReqInput", ("model_path", "weight_version", "flush_cache")),
+    Symbol(
+        _IO,
+        "ProfileReq",
+        (
+            "output_dir",
+            "num_steps",
+            "activities",
+            "profile_by_stage",
+            "with_stack",
+            "record_shapes",
+            "profile_id",
+        ),
+    ),
+    Symbol("sglang.srt.environ", "envs.SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"),
+    Symbol(
+        "sglang.srt.server_args",
+        "ServerArgs",
+        ("enable_memory_saver", "enable_weights_cpu_backup", "expert_distribution_recorder_mode"),
+    ),
     Symbol("sglang.srt.configs.model_config", "ModelConfig.get_default_sampling_params", ("self",)),
     Symbol(
         "sglang.srt.managers.scheduler",
@@ -51,7 +84,7 @@ SYMBOLS: Final = (
         ("server_args", "port_args", "pipe_writer", "run_scheduler_process_func"),
     ),
     Symbol(
-        "sglang.srt.managers.io_struct",
+        _IO,
         "GenerateReqInput",
         (
             "rid",

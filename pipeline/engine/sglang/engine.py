@@ -17,8 +17,10 @@ import structlog
 from pipeline.engine.protocol import EngineInfo, EngineOutput, EngineRequest
 from pipeline.engine.sglang import launch, outputs, requests, series
 from pipeline.engine.sglang.handshake import HandshakeSettings
-from pipeline.errors import EngineDied, EngineFailed, InvalidRequest, PipelineError
+from pipeline.engine.sglang.operations import Operations
+from pipeline.errors import EngineDied, EngineFailed, EngineSuspended, InvalidRequest, PipelineError
 from pipeline.models import prepare_model
+from pipeline.operations import Arguments
 from subjects.messages import Load, MetricFamily, SamplingOptions
 
 INFO_S_MAX: Final = 60.0
@@ -51,6 +53,8 @@ class SglangEngine:
         self._reading: asyncio.Task[None] | None = None  # its loop over what SGLang's processes send
         self._inlet = series.Inlet()
         self._sampling = _Sampling()
+        self._folder = ""  # where the model lies, once prepared
+        self._operations: Operations | None = None  # of the started engine
         self._streams: dict[str, _Stream] = {}  # by rid
         self._death: asyncio.Future[str] | None = None  # why nothing can be generated any more
         self._previous_sigquit: Any = None
@@ -68,11 +72,14 @@ class SglangEngine:
         async with asyncio.timeout(INFO_S_MAX):
             (state, *_) = await self._manager.get_internal_state()
         self._sampling = _Sampling.of(self._manager.model_config, state)
+        self._operations = Operations(self._manager, self._folder)
         return self._info(state)
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """See `Engine.generate`."""
         self._refuse_if_dead()
+        if self.suspended:
+            raise EngineSuspended(f"the engine is suspended: {self.suspended}")
         from sglang.srt.managers.io_struct import GenerateReqInput
 
         if request.rid in self._streams:
@@ -135,6 +142,22 @@ class SglangEngine:
         """SGLang's Prometheus series, under their own names; see `pipeline.engine.sglang.series`."""
         return self._inlet.current()
 
+    @property
+    def suspended(self) -> str | None:
+        """See `Engine.suspended`."""
+        return self._operations.suspended if self._operations else None
+
+    async def control(self, operation: str, arguments: Arguments) -> dict[str, Any]:
+        """See `Engine.control`."""
+        self._refuse_if_dead()
+        assert self._operations is not None and self._death is not None
+        running = asyncio.create_task(self._operations.run(operation, arguments), name=operation)
+        await asyncio.wait({running, self._death}, return_when=asyncio.FIRST_COMPLETED)
+        if not running.done():
+            running.cancel()
+            raise EngineDied(f"the engine died in {operation}: {self._death.result()}")
+        return running.result()
+
     async def died(self) -> str:
         """Wait until nothing can be generated any more, be it for a crash or for `close`; the reason."""
         assert self._death is not None, "the engine is started first"
@@ -160,6 +183,7 @@ class SglangEngine:
     def _launch(self) -> Any:
         """Runs in the engine's own thread."""
         path = prepare_model(self._model_path)
+        self._folder = str(path)
         if self._handshake is not None:
             os.environ.update(self._handshake.to_environment())  # SGLang's processes inherit it
         return launch.launch(str(path), self._server_args, self._given_up, self._inlet.outlet)
