@@ -48,7 +48,8 @@ SYMBOLS: Final = (
     Symbol(_MANAGER, "TokenizerManager.start_expert_distribution_record", ("self",)),
     Symbol(_MANAGER, "TokenizerManager.stop_expert_distribution_record", ("self",)),
     Symbol(_MANAGER, "TokenizerManager.dump_expert_distribution_record", ("self",)),
-    Symbol(_IO, "FlushCacheReqOutput", ("success", "message")),
+    Symbol(_IO, "FlushCacheReqInput", ("timeout_s",)),
+    Symbol(_IO, "FlushCacheReqOutput", ("success",)),
     Symbol(_IO, "ReleaseMemoryOccupationReqInput", ("tags",)),
     Symbol(_IO, "ResumeMemoryOccupationReqInput", ("tags",)),
     Symbol(_IO, "UpdateWeightFromDiskReqInput", ("model_path", "weight_version", "flush_cache")),
@@ -66,11 +67,6 @@ SYMBOLS: Final = (
         ),
     ),
     Symbol("sglang.srt.environ", "envs.SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"),
-    Symbol(
-        "sglang.srt.server_args",
-        "ServerArgs",
-        ("enable_memory_saver", "enable_weights_cpu_backup", "expert_distribution_recorder_mode"),
-    ),
     Symbol("sglang.srt.configs.model_config", "ModelConfig.get_default_sampling_params", ("self",)),
     Symbol(
         "sglang.srt.managers.scheduler",
@@ -141,7 +137,17 @@ SYMBOLS: Final = (
             "cache_hit_rate",
         ),
     ),
-    Symbol("sglang.srt.server_args", "ServerArgs", ("model_path", "incremental_streaming_output")),
+    Symbol(
+        "sglang.srt.server_args",
+        "ServerArgs",
+        (
+            "model_path",
+            "incremental_streaming_output",
+            "enable_memory_saver",
+            "enable_weights_cpu_backup",
+            "expert_distribution_recorder_mode",
+        ),
+    ),
     Symbol("sglang.srt.server_args", "ServerArgs.add_cli_args", ("parser",)),
     Symbol("sglang.srt.plugins.hook_registry", "HookRegistry.register", ("target", "hook", "hook_type")),
     Symbol("sglang.srt.plugins.hook_registry", "HookType.REPLACE"),
@@ -172,6 +178,7 @@ TEXTS: Final = (
     Symbol(_MANAGER, "TokenizerManager.auto_create_handle_loop"),
     Symbol(_MANAGER, "TokenizerManager.init_running_status"),
     Symbol(_MANAGER, "TokenizerManager.init_ipc_channels"),
+    Symbol(_MANAGER, "TokenizerManager.flush_cache"),
     Symbol(_SCHEDULER, "Scheduler.get_internal_state"),
 )
 _LINES: Final = {
@@ -189,6 +196,7 @@ _LINES: Final = {
         "self.send_to_scheduler = ",
         "self.load_snapshot_reader = ",
     ),
+    "TokenizerManager.flush_cache": ("await self.flush_cache_communicator(FlushCacheReqInput(timeout_s=timeout_s))",),
     "Scheduler.get_internal_state": (
         'ret["effective_max_running_requests_per_dp"] = self.max_running_requests',
         'ret["memory_usage"] = ',

@@ -95,13 +95,14 @@ class Operations:
 
     async def _flush(self) -> None:
         """Empty the cache, which also proves that the schedulers hold no request. Raises Busy where they do."""
-        flushed = await self._manager.flush_cache(timeout_s=FLUSH_S_MAX)
-        if not flushed.success:
-            raise Busy(f"SGLang still works on a request after {FLUSH_S_MAX:g} s {flushed.message}".rstrip())
+        from sglang.srt.managers.io_struct import FlushCacheReqInput
+
+        await self._manager.flush_cache(timeout_s=FLUSH_S_MAX)  # tells of the first data-parallel rank alone
+        ranks = await self._manager.flush_cache_communicator(FlushCacheReqInput(timeout_s=None))
+        if not all(rank.success for rank in ranks):
+            raise Busy(f"SGLang still works on a request after {FLUSH_S_MAX:g} s")
 
     async def _release_memory(self, arguments: ReleaseMemory) -> dict[str, Any]:
-        from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
-
         state = await self._state()
         if not state["enable_memory_saver"]:
             raise NotSupported(
@@ -109,24 +110,31 @@ class Operations:
                 "--enable-weights-cpu-backup, if its weights are to come back by themselves)"
             )
         kinds = set(arguments.kinds or MEMORY_KINDS)
+        if "kv_cache" in kinds and state["disaggregation_mode"] != "null":
+            raise NotSupported(
+                "the KV cache of a disaggregated engine stays registered with NIXL, so it cannot be given free: "
+                "release its weights alone with kinds=weights"
+            )
         if again := kinds & self._released:
             raise Busy(f"{', '.join(sorted(again))}: released already; resume_memory brings it back")
         if self._without_weights and "weights" in kinds:
             raise Busy("the weights are gone already: update_weights loads them again")
         if not self._released:
             await self._flush()
+        from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
+
         self._released |= kinds
         await self._manager.release_memory_occupation(ReleaseMemoryOccupationReqInput(tags=sorted(kinds)), None)
         return {"released": sorted(self._released), "weights_kept": bool(state["enable_weights_cpu_backup"])}
 
     async def _resume_memory(self, arguments: ResumeMemory) -> dict[str, Any]:
-        from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqInput
-
         kinds = set(arguments.kinds or self._released)
         if missing := kinds - self._released:
             raise Busy(f"{', '.join(sorted(missing))}: not released, so there is nothing to resume")
         if not kinds:
             raise Busy("no memory is released, so there is nothing to resume")
+        from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqInput
+
         state = await self._state()
         await self._manager.resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=sorted(kinds)), None)
         self._released -= kinds
@@ -136,12 +144,12 @@ class Operations:
 
     async def _update_weights(self, arguments: UpdateWeights) -> dict[str, Any]:
         """SGLang would roll back to the same broken folder, and die of it: so the folder is looked at first."""
-        from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
-
         if "weights" in self._released:
             raise Busy(f"update_weights: {self._lasting()}")
         await weights.check(self._folder, arguments.model_path)
         await self._flush()
+        from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+
         started_s = time.monotonic()
         request = UpdateWeightFromDiskReqInput(
             model_path=arguments.model_path, weight_version=arguments.weight_version, flush_cache=True
@@ -159,14 +167,14 @@ class Operations:
     # --- profiles ---------------------------------------------------------------------------------------
 
     async def _start_profile(self, arguments: StartProfile) -> dict[str, Any]:
-        from sglang.srt.managers.io_struct import ProfileReq
-
         if self._profile is not None and not self._profile.ended_by_itself:
             raise Busy("a profile is being recorded: stop_profile ends it")
         if arguments.by_stage and arguments.num_steps is None:
             raise InvalidRequest("num_steps: start_profile by_stage needs it", field="num_steps")
         folder = Path(arguments.output_dir or os.environ.get(*PROFILES_DEFAULT))
         _make_writable(folder, "output_dir")
+        from sglang.srt.managers.io_struct import ProfileReq
+
         profile = _Profile(folder, f"{time.time():.6f}", arguments.num_steps)
         request = ProfileReq(
             output_dir=str(folder),
