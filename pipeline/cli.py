@@ -317,6 +317,20 @@ def workers(nats: NatsOption = None) -> None:
 
 
 @app.command(rich_help_panel=ASK)
+def health(
+    worker: Annotated[str | None, typer.Argument(help="Its name, as in `workers`; default: all.")] = None,
+    canary: Annotated[
+        bool, typer.Option("--canary", help="Also ask each model for one token, the way clients do, and time it.")
+    ] = False,
+    nats: NatsOption = None,
+) -> None:
+    """Whether every worker lives and takes work, and why not; exit code 1 where any is not well."""
+    from pipeline import checkup
+
+    raise typer.Exit(_run(checkup.check(nats or config.nats_url(), worker, canary=canary)))
+
+
+@app.command(rich_help_panel=ASK)
 def watch(what: Watched, nats: NatsOption = None) -> None:
     """Print what passes between workers as it happens: bootstrap, the handshakes of prefill and decode."""
     from pipeline import watch as watching
@@ -489,6 +503,9 @@ def _stage_command(role: str, about: str) -> None:
         ] = None,
         metrics_port: Annotated[int | None, typer.Option(help="telemetry: port of /metrics; 0: a free one.")] = None,
         metrics_host: Annotated[str | None, typer.Option(help="telemetry: address of /metrics.")] = None,
+        health_port: Annotated[
+            int | None, typer.Option(help="HTTP port of /live and /ready; 0: a free one; default: none.")
+        ] = None,
         log_level: Annotated[str | None, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")] = None,
         parent: Annotated[int | None, typer.Option(hidden=True)] = None,
     ) -> None:
@@ -503,6 +520,7 @@ def _stage_command(role: str, about: str) -> None:
             "simulated": {name: _number(text) for name, text in _pairs(simulated, "simulated").items()},
             "metrics_port": metrics_port,
             "metrics_host": metrics_host,
+            "health": {} if health_port is None else {"port": health_port},
             "log_level": log_level,
             "sglang": config.sglang_flags(context.args),
         }

@@ -51,6 +51,7 @@ class Commands:
         self._doing, self._since_s = "", 0.0
         self._by_worker: dict[str, Callable[[Arguments], Awaitable[dict[str, Any]]]] = {
             "ping": self._ping,
+            "health": self._health,
             "drain": self._drain,
             "pause": self._pause,
             "resume": self._resume,
@@ -160,6 +161,9 @@ class Commands:
             "in_flight": worker.in_flight,
             "operation": self._doing or None,
         }
+
+    async def _health(self, arguments: Arguments) -> dict[str, Any]:
+        return self._worker.health().to_dict()
 
     async def _drain(self, arguments: Arguments) -> dict[str, Any]:
         log.info("drain_asked", worker=self._worker.name)

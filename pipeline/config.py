@@ -1,8 +1,8 @@
 """The configuration of a worker and of a topology: parsed once, frozen, unknown keys refused.
 
 A worker's settings come from the command line, else from the environment (`SGLANG_NATS_<NAME>`; tables as JSON),
-else from its file, else from the defaults here. The tables `models`, `sglang`, `simulated` and `routing` are merged
-key by key.
+else from its file, else from the defaults here. The tables `models`, `sglang`, `simulated`, `routing` and `health`
+are merged key by key.
 """
 
 import difflib
@@ -69,6 +69,19 @@ class RoutingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     blocks_max: Annotated[int, msgspec.Meta(ge=1_000, le=100_000_000)] = 1_000_000  # in a prefix index: 90 MB
 
 
+class HealthSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a worker finds out about its engine, and who may ask for it over HTTP."""
+
+    port: Port | None = None  # of /live and /ready; None: no HTTP; 0 picks a free one
+    host: str = "127.0.0.1"
+    canary_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 10.0
+    """An engine that has generated nothing for this long is given a canary; 0: it never is."""
+    silent_s_max: Annotated[float, msgspec.Meta(ge=5, le=3600)] = 120.0
+    """An engine whose canary waits for this long is wedged, however busy it looks; longer than any prompt takes."""
+    wedged_s_max: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 60.0
+    """A worker whose engine is wedged for this long ends, to be started again; 0: it waits for ever."""
+
+
 class StageSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a worker and a group of equal workers have in common."""
 
@@ -83,6 +96,7 @@ class StageSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     routing: RoutingSettings = RoutingSettings()  # preprocess, and decode for its prefill workers
     metrics_port: Port = 0  # telemetry: 0 picks a free one
     metrics_host: str = "127.0.0.1"  # telemetry: the address on which /metrics listens; "0.0.0.0": all of the machine
+    health: HealthSettings = HealthSettings()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
@@ -241,7 +255,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _from_text(text: str, field: msgspec.structs.FieldInfo, variable: str) -> Any:
-    if field.name not in {"models", "sglang", "simulated", "routing"}:
+    if field.name not in {"models", "sglang", "simulated", "routing", "health"}:
         return _convert(text, field.type, variable, strict=False)
     try:
         table = json.loads(text)
@@ -269,7 +283,15 @@ def _convert(value: Any, kind: type[T], where: str, *, strict: bool = True) -> T
 def _meant(unknown: str) -> str:
     known = {
         field.name
-        for kind in (WorkerSettings, GroupSettings, TopologySettings, NatsSettings, SimulatedSettings, RoutingSettings)
+        for kind in (
+            WorkerSettings,
+            GroupSettings,
+            TopologySettings,
+            NatsSettings,
+            SimulatedSettings,
+            RoutingSettings,
+            HealthSettings,
+        )
         for field in msgspec.structs.fields(kind)
     }
     close = difflib.get_close_matches(unknown, known, n=1)

@@ -76,6 +76,11 @@ class LeaseKeeper:
         with self._lock:
             self._leases.discard(lease)
 
+    @property
+    def loop_silent_s(self) -> float:
+        """For how long the event loop has not turned; 0 before `start`. Readable from any thread."""
+        return 0.0 if self._ticker is None else max(0.0, time.monotonic() - self._turned_s - _TICK_S)
+
     async def close(self) -> None:
         if self._ticker:
             self._ticker.cancel()

@@ -158,7 +158,8 @@ async def show_workers(url: str) -> None:
         beat, card = state.heartbeat, state.card
         if beat is None:
             continue
-        takes = "draining" if beat.draining else "paused" if beat.paused else "ready" if beat.ready else "starting"
+        wrong = ", ".join(beat.unhealthy) or "starting"
+        takes = "draining" if beat.draining else "ready" if beat.ready else wrong
         kv = f"{beat.load.kv_tokens_used:,}/{beat.load.kv_tokens:,}" if beat.load.kv_tokens else "-"
         slots = f"{beat.in_flight}/{beat.slots}" if beat.slots else str(beat.in_flight)
         rows.append((beat.worker, beat.role, beat.model or "-", takes, slots, kv, card.engine if card else "-"))

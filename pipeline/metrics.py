@@ -65,6 +65,20 @@ ITL_SECONDS: Final = Histogram(
     registry=REGISTRY,
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5),
 )
+CANARIES: Final = Counter(
+    "canaries",
+    "Requests that a worker gave its own engine to see that it generates: answered, failed or unanswered.",
+    ("outcome",),
+    namespace=PREFIX,
+    registry=REGISTRY,
+)
+CANARY_SECONDS: Final = Histogram(
+    "canary_seconds",
+    "Time until a canary came back.",
+    namespace=PREFIX,
+    registry=REGISTRY,
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 120),
+)
 PROMPT_TOKENS: Final = Counter(
     "prompt_tokens", "Prompt tokens of finished choices.", namespace=PREFIX, registry=REGISTRY
 )

@@ -129,10 +129,12 @@ class Runner:
 
         if not self._pullers:
             await self._bus.subscribe(f"{names.LEADER_ELECTED}.{streams.RESPONSES.name}", self._hear_election)
-        puller = await self._bus.pull(consumer, take, credit=slots)
+        at_first = 0 if self._paused else slots
+        puller = await self._bus.pull(consumer, take, credit=at_first)
         self._pullers.append(puller)
         if self._paused:
             await puller.pause()
+        puller.add_credit(slots - at_first)
 
     @property
     def paused(self) -> tuple[str, ...]:
@@ -151,10 +153,13 @@ class Runner:
             for puller in self._pullers:
                 puller.unpause()
 
-    def hand_over(self) -> None:
-        """Give what runs to other workers at once, each task with its checkpoint."""
+    def hand_over(self, failure: EngineDied | None = None) -> None:
+        """Give what runs to other workers at once, each task with its checkpoint.
+
+        With a `failure` any of them may be what broke the engine: it is counted against each, as an engine's death is.
+        """
         for running in self._running.values():
-            running.end(HandOver())
+            running.end(failure or HandOver())
 
     async def drain(self, timeout_s: float = DRAIN_S) -> None:
         """Take no more, let what runs finish, and hand over what is left at the end of `timeout_s`."""
@@ -288,7 +293,9 @@ class Runner:
 
     async def _answer_accepted(self, task: Task[Any], error: Exception, context: Any) -> str:
         """An accepted task cannot go to another worker: whoever waits for it is told."""
-        if not isinstance(error, PipelineError):
+        if isinstance(error, HandOver):
+            error = EngineDied(f"the worker that was to {self._stage.name} it gave it up")
+        elif not isinstance(error, PipelineError):
             context.error("stage_failed", code=type(error).__name__, exc_info=error)
             error = EngineDied(f"{self._stage.name} broke off: {type(error).__name__}: {error}")
         await self._publish_all(self._stage.answer(task, error))

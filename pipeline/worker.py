@@ -17,14 +17,17 @@ import uvloop
 
 from pipeline import metrics, spans
 from pipeline.bus import Bus
+from pipeline.canary import EngineWatch, Verdict
 from pipeline.cancel import Cancellations
 from pipeline.commands import Commands
 from pipeline.config import WorkerSettings
 from pipeline.engine.build import build_engine
 from pipeline.engine.protocol import Engine, EngineInfo
 from pipeline.errors import Busy, ConfigError, EngineDied, NotSupported, PipelineError
+from pipeline.health import ENGINE, BrokerClock, Facts, Health, QueueWatch, assess, queues_of
 from pipeline.lease import LeaseKeeper
 from pipeline.presence import Announcer, Presence
+from pipeline.probes import Probes
 from pipeline.responses import StreamLog
 from pipeline.runner import Runner
 from pipeline.stage import Stage
@@ -53,18 +56,26 @@ class Worker:
         self.info: EngineInfo | None = None
         self.ready = False
         self.failure: PipelineError | None = None  # why the worker ended by itself
+        self.leases = LeaseKeeper(settings.nats, settings.worker)
         self._draining = asyncio.Event()
         self._load = Load()
         self._runner: Runner | None = None
+        self._broker = BrokerClock()
+        self._queues: QueueWatch | None = None
+        self._engine_watch: EngineWatch | None = None
+        self._wedged: asyncio.TimerHandle | None = None  # until the engine is given up
+        self._probes: Probes | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
         """Connect, provision and begin to send heartbeats. Raises SetupError with a sentence."""
         settings = self.settings
+        if settings.health.port is not None:
+            self._probes = Probes(self.name, self.health, settings.health.host, settings.health.port)
         self.bus = await Bus.connect(settings.nats, name=self.name, timeout_s=CONNECT_S_MAX)
+        self._broker.watch(self.bus)
         kept = streams.with_retention(settings.responses_kept_s)
         await self.bus.provision(kept, streams.CONSUMERS, streams.BUCKETS, replicas=settings.replicas)
-        self.leases = LeaseKeeper(settings.nats, self.name)
         await self.leases.start()
         self.cancellations = Cancellations(self.bus)
         await self.cancellations.start()
@@ -78,6 +89,9 @@ class Worker:
         self._commands = Commands(self)
         await self._commands.start()
         self._tasks.append(asyncio.create_task(self._report(), name="metrics"))
+        if (queues := queues_of(settings.role, settings.model)) is not None:
+            self._queues = QueueWatch(self.bus, *queues)
+            self._tasks.append(asyncio.create_task(self._queues.run(), name="queues"))
 
     @property
     def model(self) -> str:
@@ -128,6 +142,15 @@ class Worker:
         log.info("engine_started", model=self.model, duration_ms=round(1e3 * (time.monotonic() - started_s)))
         self._tasks.append(asyncio.create_task(self._watch_load(), name="load"))
         self._tasks.append(asyncio.create_task(self._watch_engine(), name="engine"))
+        self._engine_watch = EngineWatch(
+            self.engine,
+            self.info.dp_size,
+            every_s=self.settings.health.canary_s,
+            silent_s_max=self.settings.health.silent_s_max,
+            may_ask=lambda: not self._paused_by_others(),
+            on_change=self._on_engine,
+        )
+        self._tasks.append(asyncio.create_task(self._engine_watch.run(), name="canary"))
         return self.engine
 
     async def publish_card(self) -> None:
@@ -159,6 +182,8 @@ class Worker:
     async def run(self, stage: Stage[Any], consumers: Sequence[ConsumerSpec], *, slots: int) -> None:
         """Pull tasks for the stage until the worker is told to drain; returns when nothing is left."""
         self._runner = Runner(self.bus, self.leases, self.cancellations, stage)
+        if self._engine_watch is not None and self._engine_watch.verdict is not None:
+            await self._runner.pause(ENGINE)
         for consumer in consumers:
             await self._runner.pull(consumer, slots=slots)
         self.ready = True
@@ -175,8 +200,25 @@ class Worker:
         self.ready = False
         self._draining.set()
 
+    def health(self) -> Health:
+        """As it is now; callable from any thread."""
+        return assess(
+            Facts(
+                started=self.ready,
+                draining=self.draining,
+                paused=self.paused,
+                broker_lost_s=self._broker.lost_s(),
+                loop_silent_s=self.leases.loop_silent_s,
+                engine=self._engine_watch.verdict if self._engine_watch else None,
+                engine_death=str(self.failure) if self.failure else None,
+                full=self._queues.full if self._queues else (),
+            )
+        )
+
     async def close(self) -> None:
         """End everything that `open` and `start_engine` began. Each step is bounded."""
+        if self._wedged is not None:
+            self._wedged.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -186,19 +228,23 @@ class Worker:
             await self.engine.close()
         await self.leases.close()
         await self.bus.close()
+        if self._probes is not None:
+            await asyncio.to_thread(self._probes.close)
 
     def _heartbeat(self) -> Heartbeat:
+        health = self.health()
         return Heartbeat(
             worker=self.name,
             role=self.settings.role,  # type: ignore[arg-type]
             incarnation=self.incarnation,
             model=self.settings.model,
-            ready=self.ready and not self.paused,
+            ready=health.ready,
             draining=self.draining,
             paused=bool(self.paused),
             slots=self.slots,
             in_flight=self.in_flight,
             load=self._load,
+            unhealthy=tuple(reason.code for reason in health.reasons),
             sent_unix_s=time.time(),
         )
 
@@ -207,6 +253,35 @@ class Worker:
         assert self.engine is not None
         self.failure = EngineDied(await self.engine.died())
         log.error("engine_died", worker=self.name, code=self.failure.code, reason=str(self.failure))
+        self.drain()
+
+    def _paused_by_others(self) -> bool:
+        return self._runner is not None and any(why != ENGINE for why in self._runner.paused)
+
+    def _on_engine(self, verdict: Verdict | None) -> None:
+        """The engine's state has changed: an engine that cannot generate gets no work, and loses what it has."""
+        if self._wedged is not None:
+            self._wedged.cancel()
+            self._wedged = None
+        if verdict is None:
+            log.info("engine_well", worker=self.name)
+            if self._runner is not None:
+                self._runner.resume(ENGINE)
+            return
+        log.error("engine_unwell", worker=self.name, code=verdict.code, reason=verdict.message)
+        if self._runner is not None:
+            self.bus.spawn(self._runner.pause(ENGINE))
+        if verdict.code == "engine_wedged":
+            if self._runner is not None:
+                self._runner.hand_over(None if verdict.stopped else EngineDied(verdict.message))
+            if wedged_s_max := self.settings.health.wedged_s_max:
+                self._wedged = asyncio.get_running_loop().call_later(wedged_s_max, self._give_up_engine)
+
+    def _give_up_engine(self) -> None:
+        """Nothing short of a new start helps a wedged engine, unless someone stopped it and lets it go on in time."""
+        limit_s = self.settings.health.wedged_s_max
+        self.failure = EngineDied(f"the engine has been wedged for {limit_s:g} s", limit=limit_s)
+        log.error("engine_given_up", worker=self.name, code="engine_wedged", reason=str(self.failure))
         self.drain()
 
     async def _watch_load(self) -> None:

@@ -397,6 +397,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     slots: int = 0  # most tasks at once
     in_flight: int = 0
     load: Load = Load()
+    unhealthy: tuple[str, ...] = ()  # codes of what is wrong; `pipeline.health` has the list
     sent_unix_s: float = 0.0
 
 

@@ -19,7 +19,7 @@ import structlog
 
 from pipeline import metrics, tracing
 from pipeline.bus import Bus, Received
-from pipeline.engine.protocol import Engine, EngineInfo, EngineOutput, EngineRequest, Room
+from pipeline.engine.protocol import Engine, EngineInfo, EngineOutput, EngineRequest, Room, Vitals
 from pipeline.errors import BusUnavailable, NoResponders, PipelineError, PrefillLost, from_failure
 from pipeline.meeting import Meetings
 from pipeline.operations import Arguments
@@ -81,6 +81,12 @@ class DisaggregatedEngine:
 
     async def control(self, operation: str, arguments: Arguments) -> dict[str, Any]:
         return await self._engine.control(operation, arguments)
+
+    def canary(self, dp_rank: int) -> EngineRequest:
+        return self._engine.canary(dp_rank)
+
+    def vitals(self) -> Vitals:
+        return self._engine.vitals()
 
     async def close(self) -> None:
         await self._engine.close()

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from pipeline.operations import Arguments
 from subjects.codec import TokenIds
@@ -16,6 +16,9 @@ from subjects.messages import (
     StopConditions,
 )
 
+CANARY: Final = "canary-"
+"""How the rid of a canary begins."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
@@ -24,6 +27,11 @@ class Room:
     number: int  # in [0, 2**63)
     prefill_worker: str
     prefill_incarnation: str
+
+    @property
+    def loopback(self) -> bool:
+        """No prefill worker is named: an engine alone, for its canary; the KV comes from nobody and goes to nobody."""
+        return not self.prefill_worker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +55,7 @@ class EngineRequest:
     request_id: str = ""  # the request that the choice belongs to, for those who prefill it elsewhere
     deadline_unix_s: float | None = None
     room: Room | None = None  # with disaggregation, on both sides
+    dp_rank: int | None = None  # the data-parallel rank that is to run it; None: any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +87,18 @@ class EngineInfo:
     tp_size: int = 1
     reasoning_parser: str | None = None
     tool_call_parser: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vitals:
+    """What can be seen of an engine without asking it anything. Canaries do not count."""
+
+    outputs: int  # steps of any request that have come out of it since its start
+    running: int  # requests that it was given and has not ended
+    stopped: tuple[str, ...] = ()  # its processes that a signal or a debugger has stopped
+    cpu_s: tuple[
+        float, ...
+    ] = ()  # f[dp_size] each rank's time on the CPU, of which a change counts; () where it is not known
 
 
 class Engine(Protocol):
@@ -136,6 +157,14 @@ class Engine(Protocol):
             EngineFailed: the engine tried and failed.
             EngineDied: the engine ended.
         """
+        ...
+
+    def canary(self, dp_rank: int) -> EngineRequest:
+        """The smallest request that makes a rank generate, for `generate`; greedy, its rid a new `CANARY`."""
+        ...
+
+    def vitals(self) -> Vitals:
+        """Signs of life; never waits. Raises EngineDied."""
         ...
 
     async def close(self) -> None:

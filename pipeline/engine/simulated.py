@@ -13,6 +13,7 @@ import asyncio
 import hashlib
 import heapq
 import math
+import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -22,12 +23,12 @@ import msgspec
 
 from pipeline.bus import Bus
 from pipeline.config import SimulatedSettings
-from pipeline.engine.protocol import EngineInfo, EngineOutput, EngineRequest
+from pipeline.engine.protocol import CANARY, EngineInfo, EngineOutput, EngineRequest, Room, Vitals
 from pipeline.engine.simulated_rooms import KvFetcher, PrefillRooms
 from pipeline.errors import Busy, EngineDied, EngineSuspended, InvalidRequest, NotSupported
 from pipeline.operations import Arguments
 from subjects.codec import TokenIds
-from subjects.messages import FinishReason, Load, MetricFamily, PositionLogprobs, TokenLogprob
+from subjects.messages import FinishReason, Load, MetricFamily, PositionLogprobs, StopConditions, TokenLogprob
 
 VOCAB_TOKENS: Final = 32_000
 EOS_TOKEN: Final = 2
@@ -35,6 +36,7 @@ EOS_TOKEN: Final = 2
 KV_BLOCK_TOKENS: Final = 16
 TICK_S: Final = 0.001
 """The resolution of the pace."""
+_BOS_TOKEN: Final = 1
 _FIRST_TOKEN: Final = 3
 
 
@@ -267,6 +269,7 @@ class SimulatedEngine:
         self._wheel = Wheel(settings.itl_ms / 1000)
         self._running: dict[str, tuple[EngineRequest, Writer]] = {}  # by rid
         self._waiting: dict[str, int] = {}  # prompt tokens by rid
+        self._outputs = 0
         self._closed = asyncio.Event()
         self._released = False
 
@@ -300,6 +303,7 @@ class SimulatedEngine:
         outputs = self._in_place(request) if self._rooms is None else self._prefill(request, self._rooms)
         async with aclosing(outputs):
             async for output in outputs:
+                self._outputs += not request.rid.startswith(CANARY)
                 yield output
 
     async def _in_place(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
@@ -322,7 +326,8 @@ class SimulatedEngine:
         with rooms.holding(request.room.number, request.token_ids) as held:
             async with aclosing(self._in_place(one)) as outputs:
                 first = await anext(outputs)
-            await rooms.until_fetched(held)
+            if not request.room.loopback:
+                await rooms.until_fetched(held)
         yield first
 
     async def load(self) -> Load:
@@ -361,6 +366,21 @@ class SimulatedEngine:
                 return {"released": ["kv_cache"] if release else []}
         raise NotSupported(f"the simulated engine cannot {operation}: it computes nothing")
 
+    def canary(self, dp_rank: int) -> EngineRequest:
+        alone = self._settings.disaggregation == "aggregated"
+        return EngineRequest(
+            rid=f"{CANARY}{dp_rank}-{secrets.token_hex(4)}",
+            token_ids=TokenIds.of([_BOS_TOKEN]),
+            stop=StopConditions(max_tokens=1),
+            room=None if alone else Room(number=dp_rank, prefill_worker="", prefill_incarnation=""),
+        )
+
+    def vitals(self) -> Vitals:
+        if self._closed.is_set():
+            raise EngineDied("the simulated engine was closed")
+        running = sum(not rid.startswith(CANARY) for rid in (*self._running, *self._waiting))
+        return Vitals(outputs=self._outputs, running=running)
+
     async def warm_up(self) -> None:
         """Nothing to compute."""
 
@@ -387,7 +407,8 @@ class SimulatedEngine:
             ttft_s = self._settings.ttft_ms / 1000
             if self._fetcher is not None:
                 assert request.room is not None, "disaggregated decode works in rooms"
-                await self._fetcher.fetch(request.room, request.token_ids)
+                if not request.room.loopback:
+                    await self._fetcher.fetch(request.room, request.token_ids)
                 ttft_s = 0.0
             turn.due_s = asyncio.get_running_loop().time() + ttft_s
             self._wheel.add(turn)

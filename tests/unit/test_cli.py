@@ -16,6 +16,7 @@ COMMANDS = (
     "drain",
     "dead",
     "workers",
+    "health",
     "streams",
     "route",
     "subjects",

@@ -200,6 +200,7 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             slots=64,
             in_flight=3,
             load=LOAD,
+            unhealthy=("queue_full",),
             sent_unix_s=1790000000.0,
         ),
         SAMPLE,

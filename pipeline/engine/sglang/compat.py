@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from pipeline.engine.sglang.requests import FAKE_BOOTSTRAP_HOST
 from pipeline.errors import EngineStartError
 
 TRIED: Final = ("0.5.17", "0.5.21")
@@ -22,6 +23,7 @@ class Symbol:
     module: str
     name: str  # dotted below the module
     parameters: tuple[str, ...] | None = None
+    value: str | None = None  # for a constant that is spelled out here
 
 
 _ENGINE: Final = "sglang.srt.entrypoints.engine"
@@ -94,6 +96,7 @@ SYMBOLS: Final = (
             "bootstrap_host",
             "bootstrap_port",
             "bootstrap_room",
+            "routed_dp_rank",
         ),
     ),
     Symbol(
@@ -122,7 +125,7 @@ SYMBOLS: Final = (
             "stream_interval",
         ),
     ),
-    Symbol("sglang.srt.disaggregation.utils", "FAKE_BOOTSTRAP_HOST"),
+    Symbol("sglang.srt.disaggregation.utils", "FAKE_BOOTSTRAP_HOST", value=FAKE_BOOTSTRAP_HOST),
     Symbol("sglang.srt.managers.load_snapshot", "ShmLoadSnapshotReader", ("path",)),
     Symbol(
         "sglang.srt.managers.load_snapshot",
@@ -219,6 +222,8 @@ def differences(symbols: tuple[Symbol, ...] = SYMBOLS, texts: tuple[Symbol, ...]
         if found is None:
             yield f"{symbol.module}.{symbol.name} is missing"
             continue
+        if symbol.value not in (None, found):
+            yield f"{symbol.module}.{symbol.name} is {found!r} and not {symbol.value!r}"
         has = inspect.signature(found).parameters if symbol.parameters else {}
         lacking = [name for name in symbol.parameters or () if name not in has]
         if lacking:

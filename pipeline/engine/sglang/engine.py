@@ -14,20 +14,23 @@ from typing import Any, Final
 
 import structlog
 
-from pipeline.engine.protocol import EngineInfo, EngineOutput, EngineRequest
-from pipeline.engine.sglang import launch, outputs, requests, series
+from pipeline.engine.protocol import CANARY, EngineInfo, EngineOutput, EngineRequest, Room, Vitals
+from pipeline.engine.sglang import launch, outputs, requests, series, vitals
 from pipeline.engine.sglang.handshake import HandshakeSettings
 from pipeline.engine.sglang.operations import Operations
 from pipeline.errors import EngineDied, EngineFailed, EngineSuspended, InvalidRequest, PipelineError
 from pipeline.models import prepare_model
 from pipeline.operations import Arguments
-from subjects.messages import Load, MetricFamily, SamplingOptions
+from subjects.codec import TokenIds
+from subjects.messages import Load, MetricFamily, SamplingOptions, StopConditions
 
 INFO_S_MAX: Final = 60.0
 """How long a started scheduler may take to answer its first question."""
 CLOSE_S_MAX: Final = 30.0
 WARM_UP_TOKENS: Final = 16
 WARM_UP_S_MAX: Final = 120.0
+CANARY_PREFILL_TOKENS: Final = 4
+"""As many as SGLang's own warm-up of a prefill server sends."""
 _DISAGGREGATION: Final = {"null": "aggregated", "prefill": "prefill", "decode": "decode"}
 log = structlog.get_logger()
 
@@ -56,6 +59,8 @@ class SglangEngine:
         self._folder = ""  # where the model lies, once prepared
         self._operations: Operations | None = None  # of the started engine
         self._streams: dict[str, _Stream] = {}  # by rid
+        self._outputs = 0  # chunks that SGLang has sent for users' requests
+        self._processes: tuple[vitals.EngineProcess, ...] = ()
         self._death: asyncio.Future[str] | None = None  # why nothing can be generated any more
         self._previous_sigquit: Any = None
 
@@ -73,6 +78,7 @@ class SglangEngine:
             (state, *_) = await self._manager.get_internal_state()
         self._sampling = _Sampling.of(self._manager.model_config, state)
         self._operations = Operations(self._manager, self._folder)
+        self._processes = await asyncio.to_thread(vitals.engine_processes, launch.children() - self._others)
         return self._info(state)
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
@@ -86,7 +92,10 @@ class SglangEngine:
             raise InvalidRequest(f"the engine already has a request {request.rid!r}", field="rid")
         defaults = self._sampling.defaults(request.sampling)
         given = GenerateReqInput(**requests.arguments(request, defaults))
-        stream = self._streams[request.rid] = _Stream(self._manager.generate_request(given, None))
+        chunks = self._manager.generate_request(given, None)
+        stream = self._streams[request.rid] = _Stream(
+            chunks if request.rid.startswith(CANARY) else self._counted(chunks)
+        )
         try:
             while True:
                 output = outputs.step(
@@ -106,23 +115,42 @@ class SglangEngine:
 
         A decode engine alone has nothing to prefill, and a prefill engine hands the KV to nobody (SGLang's fake peer).
         """
-        from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
         from sglang.srt.managers.io_struct import GenerateReqInput
 
         mode = self._handshake.role if self._handshake else None
         if mode == "decode":
             return
-        tokenizer = self._manager.tokenizer
-        first = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), 0)
         given = GenerateReqInput(
-            input_ids=[first] * WARM_UP_TOKENS,
+            input_ids=[self._first_token] * WARM_UP_TOKENS,
             sampling_params={"max_new_tokens": 1, "temperature": 0, "ignore_eos": True},
-            bootstrap_host=FAKE_BOOTSTRAP_HOST if mode else None,
+            bootstrap_host=requests.FAKE_BOOTSTRAP_HOST if mode else None,
             bootstrap_room=0 if mode else None,
         )
         async with asyncio.timeout(WARM_UP_S_MAX):
             async for _ in self._manager.generate_request(given, None):
                 pass
+
+    def canary(self, dp_rank: int) -> EngineRequest:
+        """See `Engine.canary`. With disaggregation its KV comes from, or goes to, SGLang's fake peer.
+
+        Decode counts the token that prefill would have sent: only a second one takes a forward pass.
+        """
+        mode = self._handshake.role if self._handshake else None
+        return EngineRequest(
+            rid=f"{CANARY}{dp_rank}-{secrets.token_hex(4)}",
+            token_ids=TokenIds.of([self._first_token] * (CANARY_PREFILL_TOKENS if mode == "prefill" else 1)),
+            stop=StopConditions(max_tokens=2 if mode == "decode" else 1, ignore_eos=True),
+            sampling=SamplingOptions(temperature=0.0),
+            room=Room(number=dp_rank, prefill_worker="", prefill_incarnation="") if mode else None,
+            dp_rank=dp_rank,
+        )
+
+    def vitals(self) -> Vitals:
+        """See `Engine.vitals`."""
+        self._refuse_if_dead()
+        stopped, cpu_s = vitals.read(self._processes)
+        running = sum(not rid.startswith(CANARY) for rid in self._streams)
+        return Vitals(outputs=self._outputs, running=running, stopped=stopped, cpu_s=cpu_s)
 
     async def load(self) -> Load:
         """What SGLang's schedulers reported last; they do so at every step."""
@@ -179,6 +207,19 @@ class SglangEngine:
             signal.signal(signal.SIGQUIT, self._previous_sigquit)
             self._previous_sigquit = None
         self._thread.shutdown(wait=False)
+
+    @property
+    def _first_token(self) -> int:
+        """What a prompt begins with: BOS, else EOS where the model has no BOS, else the first of the vocabulary."""
+        tokenizer = self._manager.tokenizer
+        known = (tokenizer.bos_token_id, tokenizer.eos_token_id) if tokenizer is not None else ()
+        return next((token for token in known if token is not None), 0)
+
+    async def _counted(self, chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[dict[str, Any], None]:
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                self._outputs += 1
+                yield chunk
 
     def _launch(self) -> Any:
         """Runs in the engine's own thread."""

@@ -8,6 +8,8 @@ from pipeline.engine.protocol import EngineRequest
 from pipeline.engine.sglang.handshake import bootstrap_host
 from pipeline.errors import InvalidRequest
 
+FAKE_BOOTSTRAP_HOST: Final = "2.2.2.2"
+"""SGLang's name for a peer that is not there: its side of a KV transfer succeeds at once."""
 _STEP_TOKENS_WITHOUT_STREAMING: Final = 50
 """How often SGLang reports on an output that nobody reads before its end."""
 
@@ -39,7 +41,11 @@ def arguments(request: EngineRequest, defaults: Mapping[str, Any]) -> dict[str, 
         "sampling_params": sampling_params(request, defaults),
         "stream": True,
     }
-    if request.room is not None:
+    if request.dp_rank is not None:
+        given["routed_dp_rank"] = request.dp_rank
+    if request.room is not None and request.room.loopback:
+        given |= {"bootstrap_host": FAKE_BOOTSTRAP_HOST, "bootstrap_room": request.room.number}
+    elif request.room is not None:
         given |= {
             "bootstrap_host": bootstrap_host(request.room.prefill_worker, request.room.prefill_incarnation),
             "bootstrap_room": request.room.number,
