@@ -668,15 +668,17 @@ class Bus:
 
     async def pull(
         self,
-        consumer: ConsumerSpec,
+        consumers: ConsumerSpec | Sequence[ConsumerSpec],
         on_delivery: Callable[[Delivery], None],
         *,
         credit: int,
         group: str | None = None,
         priority: int | None = None,
     ) -> Puller:
-        """Begin to take a consumer's messages, never more than `credit` and what `add_credit` gives back."""
-        puller = Puller(self, consumer, on_delivery, credit=credit, group=group, priority=priority)
+        """Begin to take the consumers' messages, the first one's before the next one's, never more than `credit` and
+        what `add_credit` gives back."""
+        several = (consumers,) if isinstance(consumers, ConsumerSpec) else tuple(consumers)
+        puller = Puller(self, several, on_delivery, credit=credit, group=group, priority=priority)
         self.remember(puller)
         await puller.start()
         return puller

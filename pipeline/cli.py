@@ -159,6 +159,9 @@ def request(
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
     choices: Annotated[int, typer.Option("-n", help="How many answers.")] = 1,
     deadline_s: Annotated[float, typer.Option("--deadline", metavar="SECONDS", help="Give up after this.")] = 600.0,
+    priority: Annotated[
+        int | None, typer.Option(metavar="N", help="Above 0: before all others of the model; below 0: after them.")
+    ] = None,
     client: ClientOption = None,
     request_id: Annotated[
         str | None, typer.Option("--id", metavar="ID", help="Its id, for `resume` and `cancel`; the same id runs once.")
@@ -179,6 +182,7 @@ def request(
         "stop": tuple(stop) if stop else None,
         "n": choices if choices != 1 else None,
         "deadline": time.time() + deadline_s,
+        "priority": priority,
         "request_id": request_id,
     }
     fields = _request_fields(json_file, prompt, system, raw)

@@ -225,11 +225,10 @@ class Client:
             identity = identify(stored.payload, stored.headers or {}, stored.seq)
             if identity.client == self.name:
                 found.add(identity.request_id)
-        for subject in (names.DECODE_ANY.any(), names.DECODE_WORKER.any()):  # after, since requests move this way
-            async for stored in self._bus.read(streams.WORK.name, subject):
-                work = decode(PreprocessedRequest, stored.payload)
-                if work.client == self.name:
-                    found.add(work.request_id)
+        async for stored in self._bus.read(streams.WORK.name, names.DECODE_TASKS):  # after: requests move this way
+            work = decode(PreprocessedRequest, stored.payload)
+            if work.client == self.name:
+                found.add(work.request_id)
         return found
 
     async def _is_held(self, request_id: str) -> bool:

@@ -271,8 +271,9 @@ def _check_prompt(request: Request) -> None:
 
 
 def _check_output(request: Request) -> None:
-    """The number and the length of the choices, and what ends them."""
+    """The number and the length of the choices, what ends them, and how soon they are wanted."""
     check_range("n", request.n, 1, limits.CHOICES_MAX)
+    check_range("priority", request.priority, -limits.PRIORITY_MAX, limits.PRIORITY_MAX)
     for field, tokens in (
         ("max_tokens", request.max_tokens),
         ("max_completion_tokens", request.max_completion_tokens),
@@ -434,6 +435,7 @@ def resolve(
         deadline_unix_s=identified.deadline_unix_s,
         reply_format=identity.reply_format,
         accepted_unix_s=identified.accepted_unix_s,
+        priority=request.priority,
     )
 
 

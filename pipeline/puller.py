@@ -1,37 +1,28 @@
-"""The continuous puller: keeps a consumer's free slots asked for, and never one more.
+"""The continuous puller: keeps free slots asked for at one consumer or several, the first of them before the next.
 
-Each pull request goes to an inbox of the present connection; the broker ends requests whose inbox nobody
-listens on, so an inbox renewed after an outage takes all old requests with it.
+With several consumers it is in one of two states:
+
+- It listens: something of every consumer is asked for, since nothing waits at any of them. The one that was busy last
+  is asked for nearly all the free slots, the others for one message each. A burst over several consumers can then bring
+  one task more than there are slots for each consumer but one; those go back to the broker at once.
+- It looks: after a time without a free slot, or when a consumer turns out to have more than was asked for, it asks one
+  consumer after another for what waits there, until the slots are full or nothing is left.
 """
 
 import asyncio
-import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
 
-import msgspec
 import structlog
 
 from pipeline.errors import PipelineError
-from pipeline.jetstream import (
-    DESCRIPTION,
-    NS,
-    PENDING_MESSAGES,
-    STATUS,
-    Delivery,
-    Received,
-    delivery_of,
-    is_delivery,
-)
-from subjects import names
+from pipeline.jetstream import Delivery
+from pipeline.poll import IDLE_HEARTBEAT_S, Poll
 from subjects.streams import ConsumerSpec
 
 if TYPE_CHECKING:
-    from pipeline.bus import Bus, Subscription
+    from pipeline.bus import Bus
 
-EXPIRES_S: Final = 30.0
-IDLE_HEARTBEAT_S: Final = 1.0
-SILENCE_S_MAX: Final = 3 * IDLE_HEARTBEAT_S
 RETRY_S_MIN: Final = 0.05
 RETRY_S_MAX: Final = 1.0
 
@@ -39,33 +30,27 @@ log = structlog.get_logger()
 
 
 class Puller:
-    """Hands the consumer's messages to `on_delivery`, at most `credit` before `add_credit` gives more.
-
-    `credit` counts the free slots, `asked` how many of them are asked for at the broker.
-    """
+    """Hands the consumers' messages to `on_delivery`, at most `credit` before `add_credit` gives more."""
 
     def __init__(
         self,
         bus: "Bus",
-        consumer: ConsumerSpec,
+        consumers: Sequence[ConsumerSpec],
         on_delivery: Callable[[Delivery], None],
         *,
         credit: int,
         group: str | None = None,
         priority: int | None = None,
     ) -> None:
-        self._bus, self._consumer, self._on_delivery = bus, consumer, on_delivery
-        self._credit, self._asked = credit, 0
-        self._subject = f"{names.JS_API}.CONSUMER.MSG.NEXT.{consumer.stream}.{consumer.name}"
-        self._options: dict[str, Any] = {"expires": int(EXPIRES_S * NS), "idle_heartbeat": int(IDLE_HEARTBEAT_S * NS)}
-        if group is not None:
-            self._options["group"] = group
-        if priority is not None:
-            self._options["priority"] = priority
-        self._subscription: Subscription | None = None
-        self._generation = 0
-        self._renew_due = False
-        self._heard_s = 0.0
+        """`group` and `priority` are those of the pull requests, where the consumers have priority groups."""
+        self._bus, self._on_delivery, self._credit = bus, on_delivery, credit
+        self._polls = tuple(
+            Poll(bus, consumer, self._take, self._hear_status, group=group, priority=priority) for consumer in consumers
+        )
+        self._name = ",".join(consumer.name for consumer in consumers)
+        self._busiest = self._polls[0]
+        self._listens = len(self._polls) == 1
+        self._started = self._renew_due = False
         self._retry_s = RETRY_S_MIN
         self._wake = asyncio.Event()
         self._stopped = self._paused = False
@@ -77,31 +62,34 @@ class Puller:
         return self._credit
 
     async def start(self) -> None:
-        """Make the consumer if need be and ask for the first messages; none is handed over before it returns."""
+        """Make the consumers if need be and ask for the first messages; none is handed over before it returns."""
         await self._renew()
-        self._task = asyncio.create_task(self._run(), name=f"pull.{self._consumer.name}")
-        await self._top_up()
+        self._task = asyncio.create_task(self._run(), name=f"pull.{self._name}")
+        if self._listens:
+            await self._top_up()
+        else:
+            self._wake.set()
 
     def add_credit(self, n: int = 1) -> None:
         """`n` more slots are free."""
         self._credit += n
-        if self._short():
+        if self._due():
             self._wake.set()
 
     def resume(self) -> None:
         """The connection is new: ask again for everything that was asked on the old one."""
         self._renew_due = True
         self._retry_s = RETRY_S_MIN
+        for poll in self._polls:
+            poll.break_off()
         self._wake.set()
 
     async def pause(self) -> None:
         """Take back what is asked for, until `unpause`; one that is under way goes back to the broker at once."""
         self._paused = True
-        self._asked = 0
-        self._generation += 1
-        old, self._subscription = self._subscription, None
-        if old:
-            await old.drain()
+        for poll in self._polls:
+            poll.break_off()
+        await asyncio.gather(*(poll.withdraw() for poll in self._polls))
 
     def unpause(self) -> None:
         """Ask again."""
@@ -116,8 +104,7 @@ class Puller:
         self._bus.forget(self)
         if self._task:
             self._task.cancel()
-        if self._subscription:
-            await self._subscription.drain()
+        await asyncio.gather(*(poll.withdraw() for poll in self._polls))
 
     async def _run(self) -> None:
         while True:
@@ -125,7 +112,7 @@ class Puller:
                 async with asyncio.timeout(IDLE_HEARTBEAT_S):
                     await self._wake.wait()
             except TimeoutError:
-                self._renew_due |= self._silent()
+                self._renew_due |= any(poll.silent for poll in self._polls)
             self._wake.clear()
             if self._paused or not self._bus.connected:
                 continue
@@ -134,7 +121,8 @@ class Puller:
                     await self._renew()
                 await self._top_up()
             except PipelineError as error:
-                log.warning("pull_failed", consumer=self._consumer.name, code=error.code, reason=str(error))
+                log.warning("pull_failed", consumer=self._name, code=error.code, reason=str(error))
+                self._renew_due = True
                 await self._back_off()
 
     async def _back_off(self) -> None:
@@ -143,70 +131,82 @@ class Puller:
         self._retry_s = min(2 * self._retry_s, RETRY_S_MAX)
         self._wake.set()
 
-    def _silent(self) -> bool:
-        """Whether the broker, which has requests of ours, missed its heartbeats."""
-        return self._asked > 0 and asyncio.get_running_loop().time() - self._heard_s > SILENCE_S_MAX
-
-    def _short(self) -> bool:
-        """Whether it is time to ask: nothing is asked for, or at most half of the free slots."""
-        return self._credit > self._asked and (self._asked <= 0 or 2 * self._asked <= self._credit)
-
     async def _renew(self) -> None:
-        """Start afresh on a new inbox. Raises ProvisionError, BusUnavailable."""
-        if self._generation:
+        """Start afresh on new inboxes. Raises ProvisionError, BusUnavailable."""
+        if self._started:
             await asyncio.sleep(0 if self._retry_s == RETRY_S_MIN else self._retry_s)
-        self._generation += 1
-        old, self._subscription = self._subscription, None
-        if old:
-            self._bus.spawn(old.drain())
-        await self._bus.ensure_consumer(self._consumer)
-        hear = functools.partial(self._hear, self._generation)
-        self._subscription = await self._bus.subscribe(self._bus.new_inbox(), hear)
-        self._asked = 0
+        self._started = True
+        for poll in self._polls:
+            poll.give_up()
+            await self._bus.ensure_consumer(poll.consumer)
+        self._listens = len(self._polls) == 1
         self._renew_due = False
 
     async def _top_up(self) -> None:
-        if self._stopped or self._paused or self._subscription is None or not self._short():
-            return
-        batch = self._credit - self._asked
-        self._asked += batch
-        self._heard_s = asyncio.get_running_loop().time()
-        request = msgspec.json.encode({"batch": batch, **self._options})
-        await self._bus.publish(self._subject, request, reply=self._subscription.subject)
+        """Have the free slots asked for. Raises BusUnavailable."""
+        while self._asks() and self._due():
+            if self._listens and not self._too_much():
+                for poll in self._polls:
+                    if (short := self._short_by(poll)) and self._asks():
+                        await poll.ask(short)
+                continue
+            self._listens = False
+            await asyncio.gather(*(poll.withdraw() for poll in self._polls if poll.asked > 0))
+            await self._look()
+            self._listens = self._credit > 0
 
-    def _hear(self, generation: int, received: Received) -> None:
-        self._heard_s = asyncio.get_running_loop().time()
-        if not is_delivery(received.reply):
-            if generation == self._generation:
-                self._hear_status(received.headers or {})
-            return
-        if generation == self._generation:
-            self._asked -= 1
-        delivery = delivery_of(received)
+    async def _look(self) -> None:
+        """Take what waits now, of the first consumer before of the next; from the first again when slots came free."""
+        at = 0
+        while at < len(self._polls) and self._credit > 0 and self._asks():
+            at = 0 if await self._polls[at].take(self._credit) else at + 1
+
+    def _asks(self) -> bool:
+        """Whether anything may be asked for now."""
+        return not (self._stopped or self._paused or self._renew_due)
+
+    def _due(self) -> bool:
+        """Whether there is something to ask for, or to withdraw."""
+        if self._credit <= 0:
+            return any(poll.asked > 0 for poll in self._polls)
+        return not self._listens or any(self._short_by(poll) for poll in self._polls)
+
+    def _short_by(self, poll: Poll) -> int:
+        """How much more to ask for: 0 while at least half of its share of the free slots is asked for."""
+        if self._credit <= 0:
+            return 0
+        share = 1 if poll is not self._busiest else max(1, self._credit - len(self._polls) + 1)
+        return share - poll.asked if poll.asked <= 0 or 2 * poll.asked <= share else 0
+
+    def _too_much(self) -> bool:
+        """Whether more would be asked for than the free slots and one for each consumer but one."""
+        asked = sum(poll.asked + self._short_by(poll) for poll in self._polls)
+        return self._listens and asked > self._credit + len(self._polls) - 1
+
+    def _take(self, poll: Poll, delivery: Delivery) -> None:
         if self._stopped or self._paused or self._credit <= 0:
             self._bus.spawn(self._bus.nak(delivery))
             return
         self._retry_s = RETRY_S_MIN
         self._credit -= 1
+        self._listens &= self._credit > 0 or len(self._polls) == 1
+        if delivery.pending and poll.asked <= 0:
+            self._busiest = poll
         try:
             self._on_delivery(delivery)
         except Exception:  # the outermost guard of a callback: the message goes to another attempt
-            log.exception("delivery_refused", consumer=self._consumer.name, stream_seq=delivery.stream_seq)
+            log.exception("delivery_refused", consumer=poll.consumer.name, stream_seq=delivery.stream_seq)
             self._credit += 1
             self._bus.spawn(self._bus.nak(delivery, delay_s=RETRY_S_MAX))
-        if self._short():
+        if self._due():
             self._wake.set()
 
-    def _hear_status(self, headers: dict[str, str]) -> None:
-        """100: alive. 404 and 408: a request ended, its rest is free again. Others: begin anew, with a pause."""
-        status, text = headers.get(STATUS, ""), headers.get(DESCRIPTION, "")
-        if status == "100":
-            self._retry_s = RETRY_S_MIN
-            return
-        if status in ("404", "408") or text == "Batch Completed":
-            self._asked -= int(headers.get(PENDING_MESSAGES, self._asked))
-        else:
-            log.info("pull_ended_by_broker", consumer=self._consumer.name, code=status, reason=text)
+    def _hear_status(self, ended_by_broker: bool) -> None:
+        """Where the broker ended the requests for a reason of its own, begin anew, with a pause."""
+        if ended_by_broker:
             self._renew_due = True
             self._retry_s = min(2 * self._retry_s, RETRY_S_MAX)
-        self._wake.set()
+        else:
+            self._retry_s = RETRY_S_MIN
+        if self._renew_due or self._due():
+            self._wake.set()

@@ -44,7 +44,6 @@ UNSUPPORTED: Final[dict[str, str]] = {
     "modalities": _MEDIA,
     "parallel_tool_calls": _TOOLS,
     "prediction": _ENGINE,
-    "priority": _ENGINE,
     "prompt_cache_key": "prefixes are found by their tokens",
     "reasoning_effort": _REASONING,
     "return_hidden_states": _ENGINE,

@@ -107,8 +107,8 @@ class Runner:
         held = [running.since_s for running in self._running.values()]
         return time.monotonic() - min(held) if held else 0.0
 
-    async def pull(self, consumer: ConsumerSpec, *, slots: int) -> None:
-        """Begin to take tasks: never more at once than `slots`."""
+    async def pull(self, *consumers: ConsumerSpec, slots: int) -> None:
+        """Begin to take tasks, the first consumer's before the next one's: never more at once than `slots`."""
         puller: Puller | None = None
 
         def take(delivery: Delivery) -> None:
@@ -130,7 +130,7 @@ class Runner:
         if not self._pullers:
             await self._bus.subscribe(f"{names.LEADER_ELECTED}.{streams.RESPONSES.name}", self._hear_election)
         at_first = 0 if self._paused else slots
-        puller = await self._bus.pull(consumer, take, credit=at_first)
+        puller = await self._bus.pull(consumers, take, credit=at_first)
         self._pullers.append(puller)
         if self._paused:
             await puller.pause()

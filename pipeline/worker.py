@@ -180,12 +180,14 @@ class Worker:
         await self._announcer.publish_card(card)
 
     async def run(self, stage: Stage[Any], consumers: Sequence[ConsumerSpec], *, slots: int) -> None:
-        """Pull tasks for the stage until the worker is told to drain; returns when nothing is left."""
+        """Pull tasks for the stage until the worker is told to drain; returns when nothing is left.
+
+        The consumers share the slots; what waits at the first is taken before what waits at the next.
+        """
         self._runner = Runner(self.bus, self.leases, self.cancellations, stage)
         if self._engine_watch is not None and self._engine_watch.verdict is not None:
             await self._runner.pause(ENGINE)
-        for consumer in consumers:
-            await self._runner.pull(consumer, slots=slots)
+        await self._runner.pull(*consumers, slots=slots)
         self.ready = True
         log.info("worker_ready", worker=self.name, stage=stage.name, model=self.settings.model)
         await self.until_drained()

@@ -75,6 +75,7 @@ async def _choice(
         output=request.output,
         request_id=request.request_id,
         deadline_unix_s=request.deadline_unix_s,
+        priority=request.priority,
     )
     async with aclosing(engine.generate(work)) as outputs:
         async for output in outputs:
@@ -198,11 +199,12 @@ async def serve(worker: Worker) -> None:
     """Start the engine, publish the model card, and own requests until the worker drains."""
     engine = await worker.start_engine()
     model = worker.model
-    consumer = streams.decode_any(model)
-    await worker.bus.ensure_consumer(consumer)
+    consumers = streams.decode_consumers(model)
+    for consumer in consumers:
+        await worker.bus.ensure_consumer(consumer)
     if worker.disaggregated:
         engine = DisaggregatedEngine(engine, worker.bus, worker.name, model)
         await engine.listen()
     await worker.publish_card()
     bound = decode.bind(engine=engine, responses=worker.responses, worker=worker.name)
-    await worker.run(bound, [consumer], slots=worker.slots)
+    await worker.run(bound, consumers, slots=worker.slots)

@@ -52,6 +52,7 @@ async def prefill(task: Task[PrefillTask], engine: Engine, claims: Claims, prese
         output=work.output,
         request_id=work.request_id,
         deadline_unix_s=work.deadline_unix_s,
+        priority=work.priority,
         room=room,
     )
     try:

@@ -95,7 +95,8 @@ def _task_for_decode(identified: IdentifiedRequest, token_ids: TokenIds, model: 
         context_len_tokens=model.context_len_tokens,
         vocab_size=model.tokenizer.vocab_size,
     )
-    emit = emit_work(names.DECODE_ANY.of(model=request.model), request, msg_id=f"{request.client}.{request.request_id}")
+    subject = names.decode_tasks(request.priority).of(model=request.model)
+    emit = emit_work(subject, request, msg_id=f"{request.client}.{request.request_id}")
     if len(emit.payload) > PAYLOAD_BYTES_MAX:
         raise PayloadTooLarge(
             f"prompt: its {len(token_ids)} tokens make a task of {len(emit.payload)} bytes; "

@@ -24,6 +24,8 @@ TOP_K_MAX: Final = 1 << 30
 """SGLang's word for the whole vocabulary; a larger number does not fit its tensors."""
 LOGIT_BIAS_MAX: Final = 100.0
 """Biases reach from minus this to this, as OpenAI's do."""
+PRIORITY_MAX: Final = 1_000
+"""Priorities reach from minus this to this; 0 is a request that names none."""
 SEED_MIN: Final = -(2**63)
 SEED_MAX: Final = 2**63 - 1
 

@@ -65,6 +65,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     request_id: str | None = None  # [A-Za-z0-9_-]{1,64}; else Nats-Msg-Id, else the stream sequence
     client: str | None = None  # else the header, else "anonymous"
     deadline: float | None = None  # seconds since the Unix epoch; else the header
+    priority: int = 0  # above 0: before all others of its model; below 0: after them. SGLang's field
     stream: bool = False  # False: one frame with the whole answer
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
@@ -165,6 +166,7 @@ class PreprocessedRequest(Work, frozen=True, kw_only=True):
     choices: int = 1
     reply_format: Format = Format.MSGPACK
     accepted_unix_s: float = 0.0  # when the broker stored the request
+    priority: int = 0  # larger is sooner
 
 
 # --- decode <-> prefill -----------------------------------------------------------------------------
@@ -180,6 +182,7 @@ class PrefillTask(Work, frozen=True, kw_only=True):
     stop: StopConditions
     sampling: SamplingOptions = SamplingOptions()  # prefill draws the first token
     output: OutputOptions = OutputOptions()
+    priority: int = 0  # larger is sooner
 
 
 class Claim(Message, frozen=True, kw_only=True):

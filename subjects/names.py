@@ -90,6 +90,20 @@ DECODE_ANY: Final = Subject(
     "PreprocessedRequest",
     "A tokenized request for any decode worker of the model; the worker that pulls it owns it.",
 )
+DECODE_HIGH: Final = Subject(
+    "sglang.decode.{model}.high",
+    Kind.JETSTREAM,
+    "preprocess -> decode",
+    "PreprocessedRequest",
+    "A tokenized request of a priority above 0: a worker with a free slot looks here first.",
+)
+DECODE_LOW: Final = Subject(
+    "sglang.decode.{model}.low",
+    Kind.JETSTREAM,
+    "preprocess -> decode",
+    "PreprocessedRequest",
+    "A tokenized request of a priority below 0: taken when nothing else of its model waits.",
+)
 DECODE_WORKER: Final = Subject(
     "sglang.decode.{model}.w.{worker}",
     Kind.JETSTREAM,
@@ -215,6 +229,8 @@ DEAD: Final = Subject(
 ALL: Final[tuple[Subject, ...]] = (
     REQUESTS,
     DECODE_ANY,
+    DECODE_HIGH,
+    DECODE_LOW,
     DECODE_WORKER,
     PREFILL_ANY,
     PREFILL_WORKER,
@@ -234,6 +250,8 @@ ALL: Final[tuple[Subject, ...]] = (
     DEAD,
 )
 
+DECODE_TASKS: Final = "sglang.decode.>"
+"""Every tokenized request that waits or runs, of whatever model, priority or worker."""
 EVERYTHING: Final = "sglang.>"
 """All of them but `PEER`, for an operator who looks on."""
 READABLE: Final = tuple(subject for subject in ALL if subject is not PEER)
@@ -247,6 +265,11 @@ SRV: Final = "$SRV"
 """`.<PING|INFO|STATS>[.<name>[.<id>]]`: how micro services are found (NATS ADR-32); every worker answers."""
 JS_ACK: Final = "$JS.ACK"
 KV: Final = "$KV"
+
+
+def decode_tasks(priority: int) -> Subject:
+    """Where a tokenized request of this priority waits for any worker of its model."""
+    return DECODE_HIGH if priority > 0 else DECODE_LOW if priority < 0 else DECODE_ANY
 
 
 def card_key(role: str, model: str | None, worker: str) -> str:

@@ -66,6 +66,8 @@ WORK: Final = StreamSpec(
     name="WORK",
     subjects=(
         names.DECODE_ANY.any(),
+        names.DECODE_HIGH.any(),
+        names.DECODE_LOW.any(),
         names.DECODE_WORKER.any(),
         names.PREFILL_ANY.any(),
         names.PREFILL_WORKER.any(),
@@ -171,10 +173,27 @@ def with_retention(responses_kept_s: float) -> tuple[StreamSpec, ...]:
 
 
 def decode_any(model: str) -> ConsumerSpec:
-    """The consumer that all decode workers of a model share."""
+    """The consumer that all decode workers of a model share, for requests without a priority."""
     return ConsumerSpec(
         name=f"decode-{token(model)}", stream=WORK.name, filter_subject=names.DECODE_ANY.of(model=model)
     )
+
+
+def decode_high(model: str) -> ConsumerSpec:
+    return ConsumerSpec(
+        name=f"decode-high-{token(model)}", stream=WORK.name, filter_subject=names.DECODE_HIGH.of(model=model)
+    )
+
+
+def decode_low(model: str) -> ConsumerSpec:
+    return ConsumerSpec(
+        name=f"decode-low-{token(model)}", stream=WORK.name, filter_subject=names.DECODE_LOW.of(model=model)
+    )
+
+
+def decode_consumers(model: str) -> tuple[ConsumerSpec, ...]:
+    """What the decode workers of a model take from, in this order."""
+    return decode_high(model), decode_any(model), decode_low(model)
 
 
 def prefill_any(model: str) -> ConsumerSpec:
@@ -186,4 +205,5 @@ def prefill_any(model: str) -> ConsumerSpec:
 
 def all_consumers(models: Iterable[str]) -> tuple[ConsumerSpec, ...]:
     """Every consumer of a pipeline that serves these models."""
-    return (*CONSUMERS, *(of(model) for model in sorted(models) for of in (decode_any, prefill_any)))
+    of_models = ((*decode_consumers(model), prefill_any(model)) for model in sorted(models))
+    return (*CONSUMERS, *(consumer for of_model in of_models for consumer in of_model))

@@ -132,6 +132,7 @@ class DisaggregatedEngine:
             stop=request.stop,
             sampling=request.sampling,
             output=request.output,
+            priority=request.priority,
         )
         await self._bus.publish_durable(
             names.PREFILL_ANY.of(model=self._model),

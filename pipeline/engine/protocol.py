@@ -54,6 +54,7 @@ class EngineRequest:
     output: OutputOptions = field(default_factory=OutputOptions)
     request_id: str = ""  # the request that the choice belongs to, for those who prefill it elsewhere
     deadline_unix_s: float | None = None
+    priority: int = 0  # larger is sooner, where the engine has priorities
     room: Room | None = None  # with disaggregation, on both sides
     dp_rank: int | None = None  # the data-parallel rank that is to run it; None: any
 

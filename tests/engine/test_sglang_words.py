@@ -1,5 +1,7 @@
 """Requests in SGLang's words and its answers in ours. Needs no SGLang."""
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.engine.protocol import EngineRequest
@@ -68,6 +70,13 @@ def test_what_a_request_leaves_open_is_the_models_own():
     given = requests.sampling_params(request(SamplingOptions(temperature=0.0)), own)
     assert (given["temperature"], given["top_p"]) == (0.0, 0.95)
     assert "temperature" not in requests.sampling_params(request(), {})
+
+
+def test_a_priority_goes_to_engines_that_have_priorities():
+    urgent = replace(request(), priority=3)
+    assert "priority" not in requests.arguments(urgent, {})  # SGLang may refuse the request for it
+    assert requests.arguments(urgent, {}, priority_sign=1)["priority"] == 3
+    assert requests.arguments(urgent, {}, priority_sign=-1)["priority"] == -3
 
 
 def test_logprobs_are_asked_for_only_when_wanted():

@@ -27,7 +27,7 @@ from subjects.streams import ConsumerSpec, StreamSpec
 SAMPLES = 2_000
 STREAM = StreamSpec(
     name="HOPS",
-    subjects=("hops.work", "hops.log.*"),
+    subjects=("hops.work", "hops.high", "hops.low", "hops.log.*"),
     about="measured",
     retention="limits",
     storage="file",
@@ -35,6 +35,8 @@ STREAM = StreamSpec(
     max_bytes=256 * 1024 * 1024,
 )
 CONSUMER = ConsumerSpec(name="hops", stream="HOPS", filter_subject="hops.work")
+HIGH = ConsumerSpec(name="hops-high", stream="HOPS", filter_subject="hops.high")
+LOW = ConsumerSpec(name="hops-low", stream="HOPS", filter_subject="hops.low")
 PAYLOAD = bytes(1_000)
 TRACED = {headers.TRACEPARENT: TraceContext.new().traceparent}
 BATCH = 16
@@ -56,7 +58,23 @@ async def acknowledged_publish(bus: Bus) -> float:
 
 
 async def work_queue_hop(bus: Bus) -> float:
-    """Publish a task until a pulling worker has it in hand."""
+    return await hop(bus, (CONSUMER,), slots=16)
+
+
+async def hop_with_priorities(bus: Bus) -> float:
+    return await hop(bus, (HIGH, CONSUMER, LOW), slots=16)
+
+
+async def hop_into_one_slot(bus: Bus) -> float:
+    return await hop(bus, (CONSUMER,), slots=1)
+
+
+async def hop_into_one_slot_with_priorities(bus: Bus) -> float:
+    return await hop(bus, (HIGH, CONSUMER, LOW), slots=1)
+
+
+async def hop(bus: Bus, consumers: tuple[ConsumerSpec, ...], slots: int) -> float:
+    """Publish a task until a worker that pulls from these consumers has it in hand."""
     arrived: asyncio.Queue[float] = asyncio.Queue()
     deliveries: list[Delivery] = []
 
@@ -64,7 +82,7 @@ async def work_queue_hop(bus: Bus) -> float:
         deliveries.append(delivery)
         arrived.put_nowait(time.perf_counter())
 
-    puller = await bus.pull(CONSUMER, take, credit=16)
+    puller = await bus.pull(consumers, take, credit=slots)
     times = []
     for number in range(SAMPLES):
         started = time.perf_counter()
@@ -73,6 +91,31 @@ async def work_queue_hop(bus: Bus) -> float:
         await bus.ack(deliveries.pop())
         puller.add_credit()
     await puller.stop()
+    return median_us(times)
+
+
+async def queued_task(bus: Bus) -> float:
+    return await from_a_queue(bus, (CONSUMER,))
+
+
+async def queued_task_with_priorities(bus: Bus) -> float:
+    return await from_a_queue(bus, (HIGH, CONSUMER, LOW))
+
+
+async def from_a_queue(bus: Bus, consumers: tuple[ConsumerSpec, ...]) -> float:
+    """Tasks wait; one slot comes free until the next task is in it."""
+    arrived: asyncio.Queue[Delivery] = asyncio.Queue()
+    await asyncio.gather(*(bus.publish_durable("hops.work", PAYLOAD) for _ in range(SAMPLES)))
+    puller = await bus.pull(consumers, arrived.put_nowait, credit=1)
+    times = []
+    for _ in range(SAMPLES - 1):
+        await bus.ack(await asyncio.wait_for(arrived.get(), 5))
+        started = time.perf_counter()
+        puller.add_credit()
+        arrived.put_nowait(await asyncio.wait_for(arrived.get(), 5))
+        times.append(time.perf_counter() - started)
+    await puller.stop()
+    await bus.ack(arrived.get_nowait())
     return median_us(times)
 
 
@@ -139,6 +182,11 @@ async def frame_cpu(bus: Bus, about: dict[str, str] | None) -> float:
 HOPS: tuple[tuple[str, Callable[[Bus], Awaitable[float]]], ...] = (
     ("acknowledged publish to a file stream, 1 kB", acknowledged_publish),
     ("task published until pulled by a worker, 1 kB", work_queue_hop),
+    ("the same, by a worker that takes three priorities", hop_with_priorities),
+    ("task published until pulled into a worker's only slot", hop_into_one_slot),
+    ("the same, with three priorities", hop_into_one_slot_with_priorities),
+    ("slot of a full worker free until the next queued task is in it", queued_task),
+    ("the same, with three priorities", queued_task_with_priorities),
     ("token frame until a live subscriber has it", live_frame),
     ("request / reply", request_reply),
     ("CPU of a token frame, sent and heard", functools.partial(frame_cpu, about=None)),
@@ -147,7 +195,7 @@ HOPS: tuple[tuple[str, Callable[[Bus], Awaitable[float]]], ...] = (
 
 
 async def measure(rounds: int) -> None:
-    found: dict[str, list[float]] = {name: [] for name, _ in HOPS}
+    found: list[list[float]] = [[] for _ in HOPS]
     with tempfile.TemporaryDirectory() as folder:
         server = NatsServer(Path(folder))
         server.start()
@@ -155,13 +203,13 @@ async def measure(rounds: int) -> None:
             bus = await Bus.connect(server.url, name="hop-cost")
             await bus.provision([STREAM], [CONSUMER], [])
             for _ in range(rounds):
-                for name, hop in HOPS:
-                    found[name].append(await hop(bus))
+                for values, (_, measured) in zip(found, HOPS, strict=True):
+                    values.append(await measured(bus))
             await bus.close()
         finally:
             server.stop()
     print(f"| hop | median us | min - max of {rounds} rounds of {SAMPLES} |\n|---|---|---|")
-    for name, values in found.items():
+    for (name, _), values in zip(HOPS, found, strict=True):
         print(f"| {name} | {statistics.median(values):.0f} | {min(values):.0f} - {max(values):.0f} |")
     print(f"\nlargest payload {limits.PAYLOAD_BYTES_MAX} bytes; one process, uvloop, server and client on one machine")
 

@@ -212,8 +212,8 @@ async def test_a_frozen_broker_is_pulled_from_again(nats_server, queue, log):
 
 
 async def test_requests_that_expire_are_asked_again(queue, log, monkeypatch):
-    monkeypatch.setattr("pipeline.puller.EXPIRES_S", 0.3)
-    monkeypatch.setattr("pipeline.puller.IDLE_HEARTBEAT_S", 0.1)
+    monkeypatch.setattr("pipeline.poll.EXPIRES_S", 0.3)
+    monkeypatch.setattr("pipeline.poll.IDLE_HEARTBEAT_S", 0.1)
     requests = log
     await queue.subscribe(pulls(TAKERS), lambda received: requests.add(batch_of(received)))
     await queue.pull(TAKERS, lambda delivery: None, credit=4)

@@ -89,6 +89,7 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             request_id="r-1",
             client="me",
             deadline=1790000000.5,
+            priority=-3,
             stream=True,
             stream_options=m.StreamOptions(include_usage=True),
             max_completion_tokens=64,
@@ -129,6 +130,7 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             choices=2,
             reply_format=Format.JSON,
             accepted_unix_s=1789999990.25,
+            priority=7,
         ),
         m.PrefillTask(
             request_id="r-1",
@@ -140,6 +142,7 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             stop=STOP,
             sampling=SAMPLING,
             output=OUTPUT,
+            priority=-1000,
         ),
         m.Claim(room=7, worker="prefill-0", incarnation="0123456789ab"),
         m.Grant(granted=False, reason="prefill-1 has this room"),

@@ -76,6 +76,8 @@ WRONG = [
     ({"n": 0}, "n", 0, 1),
     ({"n": limits.CHOICES_MAX + 1}, "n", limits.CHOICES_MAX + 1, limits.CHOICES_MAX),
     ({"n": "2"}, "n", None, None),
+    ({"priority": limits.PRIORITY_MAX + 1}, "priority", limits.PRIORITY_MAX + 1, limits.PRIORITY_MAX),
+    ({"priority": -limits.PRIORITY_MAX - 1}, "priority", -limits.PRIORITY_MAX - 1, -limits.PRIORITY_MAX),
     ({"temperature": -0.1}, "temperature", -0.1, 0),
     ({"temperature": 2.5}, "temperature", 2.5, 2),
     ({"temperature": "hot"}, "temperature", None, None),

@@ -68,6 +68,15 @@ def frames_of(emits: list[Emit]) -> list[Frame]:
     return frames
 
 
+@pytest.mark.parametrize(
+    ("priority", "subject"), [(5, names.DECODE_HIGH), (0, names.DECODE_ANY), (-1, names.DECODE_LOW)]
+)
+async def test_a_priority_decides_the_queue(tokenizer, priority, subject):
+    (emit,) = await emits_of(task_of(CHAT | {"priority": priority}), OneModel(tokenizer))
+    assert emit.subject == subject.of(model="smollm2")
+    assert decode(PreprocessedRequest, emit.payload).priority == priority
+
+
 async def test_a_chat_becomes_one_task_for_decode(tokenizer):
     stored_unix_s = time.time() - 1
     task = task_of(CHAT | {"request_id": "r1", "client": "me", "max_tokens": 5}, stored_unix_s=stored_unix_s)

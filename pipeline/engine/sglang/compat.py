@@ -97,6 +97,7 @@ SYMBOLS: Final = (
             "bootstrap_port",
             "bootstrap_room",
             "routed_dp_rank",
+            "priority",
         ),
     ),
     Symbol(
@@ -149,6 +150,8 @@ SYMBOLS: Final = (
             "enable_memory_saver",
             "enable_weights_cpu_backup",
             "expert_distribution_recorder_mode",
+            "enable_priority_scheduling",
+            "schedule_low_priority_values_first",
         ),
     ),
     Symbol("sglang.srt.server_args", "ServerArgs.add_cli_args", ("parser",)),

@@ -58,6 +58,7 @@ class SglangEngine:
         self._sampling = _Sampling()
         self._folder = ""  # where the model lies, once prepared
         self._operations: Operations | None = None  # of the started engine
+        self._priority_sign = 0  # 0: this engine was started without priorities
         self._streams: dict[str, _Stream] = {}  # by rid
         self._outputs = 0  # chunks that SGLang has sent for users' requests
         self._processes: tuple[vitals.EngineProcess, ...] = ()
@@ -79,6 +80,8 @@ class SglangEngine:
         self._sampling = _Sampling.of(self._manager.model_config, state)
         self._operations = Operations(self._manager, self._folder)
         self._processes = await asyncio.to_thread(vitals.engine_processes, launch.children() - self._others)
+        if state["enable_priority_scheduling"]:
+            self._priority_sign = -1 if state["schedule_low_priority_values_first"] else 1
         return self._info(state)
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
@@ -91,7 +94,7 @@ class SglangEngine:
         if request.rid in self._streams:
             raise InvalidRequest(f"the engine already has a request {request.rid!r}", field="rid")
         defaults = self._sampling.defaults(request.sampling)
-        given = GenerateReqInput(**requests.arguments(request, defaults))
+        given = GenerateReqInput(**requests.arguments(request, defaults, self._priority_sign))
         chunks = self._manager.generate_request(given, None)
         stream = self._streams[request.rid] = _Stream(
             chunks if request.rid.startswith(CANARY) else self._counted(chunks)

@@ -29,10 +29,11 @@ _NAMED: Final = re.compile(
 )
 
 
-def arguments(request: EngineRequest, defaults: Mapping[str, Any]) -> dict[str, Any]:
+def arguments(request: EngineRequest, defaults: Mapping[str, Any], priority_sign: int = 0) -> dict[str, Any]:
     """Keyword arguments of SGLang's GenerateReqInput.
 
     `defaults` are the model's own sampling parameters (generation_config.json), used where the request leaves one open.
+    `priority_sign`: 1 or, where the engine serves low values first, -1; 0: it has no priorities, and may refuse one.
     """
     output = request.output
     given = {
@@ -43,6 +44,8 @@ def arguments(request: EngineRequest, defaults: Mapping[str, Any]) -> dict[str, 
     }
     if request.dp_rank is not None:
         given["routed_dp_rank"] = request.dp_rank
+    if priority_sign:
+        given["priority"] = priority_sign * request.priority
     if request.room is not None and request.room.loopback:
         given |= {"bootstrap_host": FAKE_BOOTSTRAP_HOST, "bootstrap_room": request.room.number}
     elif request.room is not None:
