@@ -440,6 +440,28 @@ def control(
     raise typer.Exit(_run(controlling.control(nats or config.nats_url(), words or (), chosen, as_json=as_json)))
 
 
+@app.command(rich_help_panel=RUN)
+def pause(
+    model: Annotated[str, typer.Argument(help="The served model's name.")],
+    span: Annotated[
+        str | None, typer.Option("--for", metavar="TIME", help="90s, 30m, 1h or 2d; default: until `unpause`.")
+    ] = None,
+    nats: NatsOption = None,
+) -> None:
+    """Hold back a model's requests: they are accepted and kept, running ones go on."""
+    from pipeline import pause as pausing
+
+    raise typer.Exit(_run(pausing.pause(nats or config.nats_url(), model, pausing.span_of(span) if span else None)))
+
+
+@app.command(rich_help_panel=RUN)
+def unpause(model: Annotated[str, typer.Argument(help="The served model's name.")], nats: NatsOption = None) -> None:
+    """End a pause: the model's requests are served again, those that waited first."""
+    from pipeline import pause as pausing
+
+    raise typer.Exit(_run(pausing.unpause(nats or config.nats_url(), model)))
+
+
 @dead_letters.command("list")
 def dead_list(nats: NatsOption = None) -> None:
     """Every letter: when it died, where, of what."""

@@ -15,7 +15,8 @@ from pipeline import spans
 from pipeline.bus import Bus
 from pipeline.client import Client
 from pipeline.errors import BrokerRefused, ConfigError
-from pipeline.presence import Presence
+from pipeline.pause import paused_until, said
+from pipeline.presence import Presence, WorkerState
 from pipeline.screen import Answer, err, out, table
 from pipeline.tracing import TraceContext
 from subjects import names, streams
@@ -150,9 +151,11 @@ def only_model(presence: Presence) -> str:
 async def show_workers(url: str) -> None:
     """Print a table of the workers that are heard of."""
     with err.status("listening for heartbeats"):
-        async with _looking(url) as (_, presence):
+        async with _looking(url) as (bus, presence):
             await asyncio.sleep(HEARD_S)
             states = presence.workers()
+            served = {model for state in states if (model := _served(state))}
+            pauses = {model: await paused_until(bus, model) for model in served}
     rows = []
     for state in states:
         beat, card = state.heartbeat, state.card
@@ -160,11 +163,18 @@ async def show_workers(url: str) -> None:
             continue
         wrong = ", ".join(beat.unhealthy) or "starting"
         takes = "draining" if beat.draining else "ready" if beat.ready else wrong
+        if (until_unix_s := pauses.get(_served(state))) and takes == "ready":
+            takes = said(until_unix_s)
         kv = f"{beat.load.kv_tokens_used:,}/{beat.load.kv_tokens:,}" if beat.load.kv_tokens else "-"
         slots = f"{beat.in_flight}/{beat.slots}" if beat.slots else str(beat.in_flight)
         rows.append((beat.worker, beat.role, beat.model or "-", takes, slots, kv, card.engine if card else "-"))
     heads = ("Worker", "Role", "Model", "State", "In flight", "KV tokens", "Engine")
     out.print(table("", heads, sorted(rows)) if rows else "no worker is up")
+
+
+def _served(state: WorkerState) -> str | None:
+    """The model whose requests a worker takes from the queues that can be paused."""
+    return state.heartbeat.model if state.heartbeat and state.role == "decode" else None
 
 
 async def show_streams(url: str) -> None:
@@ -174,7 +184,7 @@ async def show_streams(url: str) -> None:
         readers = [await _consumer_row(bus, spec) for spec in streams.all_consumers(presence.models())]
     out.print(table("Streams", ("Stream", "Messages", "Bytes", "Consumers", "Holds"), rows))
     out.print()
-    heads = ("Consumer", "Stream", "Waiting", "In work", "Came again", "Open pulls")
+    heads = ("Consumer", "Stream", "Waiting", "In work", "Came again", "Open pulls", "State")
     out.print(table("Consumers", heads, readers))
 
 
@@ -190,9 +200,10 @@ async def _consumer_row(bus: Bus, spec: streams.ConsumerSpec) -> tuple[str, ...]
     try:
         state = await bus.consumer_state(spec.stream, spec.name)
     except BrokerRefused:
-        return (spec.name, spec.stream, "missing", "-", "-", "-")
+        return (spec.name, spec.stream, "missing", "-", "-", "-", "-")
     figures = (state.pending, state.ack_pending, state.redelivered, state.waiting)
-    return (spec.name, spec.stream, *(f"{figure:,}" for figure in figures))
+    paused = said(state.paused_until_unix_s) if state.paused_until_unix_s else "-"
+    return (spec.name, spec.stream, *(f"{figure:,}" for figure in figures), paused)
 
 
 @contextlib.asynccontextmanager
