@@ -32,6 +32,8 @@ FORGOTTEN_S_MAX: Final = 0.5
 RETURN_S_MAX: Final = 1.0
 """After a broker's death workers are back within this time, and send again what the log may have lost. Until then
 nobody takes over a task that the broker may have forgotten to have handed out."""
+Before = Callable[[], Awaitable[None]]
+"""Awaited each time that a message is about to be sent; see `Bus.publish_durable`."""
 RESENT_S: Final = 30.0
 """Frames this old have been read by the broker: a connection on which nothing moves lives for 15 s at most."""
 
@@ -57,6 +59,51 @@ class BrokerAge:
         return self._known[1]
 
 
+class Owner:
+    """Our place among the owners of a request, by which the broker takes terminal frames or refuses them."""
+
+    def __init__(self, bus: Bus, request: PreprocessedRequest) -> None:
+        self._bus, self._request = bus, request
+        self._subject = names.OWNERS.of(client=request.client, request_id=request.request_id)
+        self._seq = 0  # of our word there; 0: the first owner writes none
+
+    async def write_down(self, attempt: int, before: Before | None = None) -> int:
+        """Become the last owner; the attempt, above those of all earlier ones. Raises BusUnavailable, and what
+        `before` raises."""
+        while True:
+            last = await self._bus.last(streams.RESPONSES.name, self._subject)
+            if last is not None:
+                attempt = max(attempt, decode(Frame, last.payload).attempt + 1)
+            word = encode(Frame(request_id=self._request.request_id, attempt=attempt, worker=self._bus.name))
+            behind = tracing.outgoing() | {headers.EXPECTED_LAST_SEQ: str(last.seq if last else 0)}
+            try:
+                stored = await self._bus.publish_durable(self._subject, word, headers=behind, before=before)
+            except BrokerRefused as refusal:
+                if refusal.error_number != WRONG_LAST_SEQ:
+                    raise
+                continue  # another owner came in between; if it is not the last, our lease has ended
+            self._seq = stored.seq
+            return attempt
+
+    async def end(self, emit: Emit, before: Before | None = None) -> None:
+        """Store a terminal frame, unless the log has the choice's already. Raises LeaseLost where there is a later
+        owner, BusUnavailable, and what `before` raises."""
+        while True:
+            owner = {headers.EXPECTED_LAST_SEQ: str(self._seq), headers.EXPECTED_LAST_SUBJECT: self._subject}
+            extra = (emit.headers or {}) | owner
+            try:
+                await self._bus.publish_durable(
+                    emit.subject, emit.payload, msg_id=emit.msg_id, headers=extra, before=before
+                )
+                return
+            except BrokerRefused as refusal:
+                if refusal.error_number != WRONG_LAST_SEQ:
+                    raise
+                if not self._seq or await self._bus.stored_at(streams.RESPONSES.name, self._seq):
+                    raise LeaseLost from None
+                self._seq = 0  # the broker's store was wiped, and all owners with it
+
+
 class Fence:
     """Of one delivery."""
 
@@ -69,8 +116,7 @@ class Fence:
         self._taken_s = time.monotonic()
         self._broker_since_unix_s: float | None = None  # where it was known before a connection was lost
         self._sent: deque[tuple[float, Emit]] = deque()
-        self._owners: str | None = None  # the subject, where the task is a request
-        self._owner_seq = 0  # of our word there; 0: the first owner writes none
+        self._owner: Owner | None = None  # where the task is a request
 
     async def attempt(self) -> int:
         """The delivery's number, one more where the broker may have forgotten an earlier delivery.
@@ -91,25 +137,13 @@ class Fence:
 
         Raises LeaseLost, BusUnavailable.
         """
-        self._owners = names.OWNERS.of(client=request.client, request_id=request.request_id)
+        self._owner = Owner(self._bus, request)
         if attempt == 1:
             return attempt
-        while True:
-            last = await self._bus.last(streams.RESPONSES.name, self._owners)
-            if last is not None:
-                attempt = max(attempt, decode(Frame, last.payload).attempt + 1)
-            word = encode(Frame(request_id=request.request_id, attempt=attempt, worker=self._bus.name))
-            behind = tracing.outgoing() | {headers.EXPECTED_LAST_SEQ: str(last.seq if last else 0)}
-            try:
-                stored = await self._bus.publish_durable(self._owners, word, headers=behind, before=self.ready)
-            except BrokerRefused as refusal:
-                if refusal.error_number != WRONG_LAST_SEQ:
-                    raise
-                continue  # another owner came in between; if it is not the last, our lease has ended
-            self._owner_seq = stored.seq
-            for emit in begin_frames(request, attempt, self._bus.name):
-                await self.publish(tracing.carried(emit))
-            return attempt
+        attempt = await self._owner.write_down(attempt, self.ready)
+        for emit in begin_frames(request, attempt, self._bus.name):
+            await self.publish(tracing.carried(emit))
+        return attempt
 
     def check_lease(self) -> None:
         """Raises LeaseLost."""
@@ -177,22 +211,14 @@ class Fence:
         else:
             await self._store(emit, self._still_leased)
 
-    async def _store(self, emit: Emit, before: Callable[[], Awaitable[None]]) -> None:
+    async def _store(self, emit: Emit, before: Before) -> None:
         """A frame that the broker confirms. Raises LeaseLost where it is a terminal one and has a later owner."""
-        msg_id, extra = emit.msg_id, emit.headers or {}
-        while True:
-            if emit.frame is not None and emit.frame.finish_reason and self._owners is not None:
-                owner = {headers.EXPECTED_LAST_SEQ: str(self._owner_seq), headers.EXPECTED_LAST_SUBJECT: self._owners}
-                extra = extra | owner
-            try:
-                await self._bus.publish_durable(emit.subject, emit.payload, msg_id=msg_id, headers=extra, before=before)
-                return
-            except BrokerRefused as refusal:
-                if refusal.error_number != WRONG_LAST_SEQ:
-                    raise
-                if not self._owner_seq or await self._bus.stored_at(streams.RESPONSES.name, self._owner_seq):
-                    raise LeaseLost from None
-                self._owner_seq = 0  # the broker's store was wiped, and all owners with it
+        if self._owner is not None and emit.frame is not None and emit.frame.finish_reason:
+            await self._owner.end(emit, before)
+        else:
+            await self._bus.publish_durable(
+                emit.subject, emit.payload, msg_id=emit.msg_id, headers=emit.headers, before=before
+            )
 
     async def _still_leased(self) -> None:
         self.check_lease()

@@ -7,6 +7,7 @@ from typing import Final, Protocol
 
 from pipeline.chat import LoadedModel
 from pipeline.errors import DeadlineExceeded, PayloadTooLarge, PipelineError
+from pipeline.expiry import Sweeper
 from pipeline.openai import IdentifiedRequest, identify, parse_request, resolve
 from pipeline.served import ServedModels
 from pipeline.stage import Emit, Task, emit_frame, emit_work, stage
@@ -109,8 +110,11 @@ def _task_for_decode(identified: IdentifiedRequest, token_ids: TokenIds, model: 
 
 
 async def serve(worker: Worker) -> None:
-    """Load the declared models' tokenizers, and preprocess requests until the worker drains."""
+    """Load the declared models' tokenizers, and preprocess requests until the worker drains; end what expires."""
     models = ServedModels(worker.presence, worker.settings.models)
     await models.load_declared()
     slots = worker.settings.slots or SLOTS_DEFAULT
-    await worker.run(preprocess.bind(models=models), [streams.PREPROCESS], slots=slots)
+    async with asyncio.TaskGroup() as group:
+        sweeping = group.create_task(Sweeper(worker.bus, worker.responses).run(), name="sweeper")
+        await worker.run(preprocess.bind(models=models), [streams.PREPROCESS], slots=slots)
+        sweeping.cancel()

@@ -22,6 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from pipeline import fence as fence_module
 from pipeline import lease as lease_module
 from pipeline.errors import BrokerRefused, BusUnavailable
+from pipeline.expiry import end_expired
 from pipeline.fence import BrokerAge, Fence
 from pipeline.follow import Output
 from pipeline.jetstream import WRONG_LAST_SEQ, Delivery, Stored, StoredMessage, StreamState
@@ -153,6 +154,7 @@ class Link:
         self.losses_s: list[float] = []
         self.wire: deque[Sent] = deque()
         self.lease: Lease | None = None  # of the task that is worked on now
+        self.sweeps = False  # a sweeper's: it needs no lease
 
     def lose(self) -> None:
         self.wire.clear()
@@ -187,7 +189,7 @@ class Link:
         subject: str,
         payload: bytes,
         *,
-        before: Callable[[], Awaitable[None]],
+        before: Callable[[], Awaitable[None]] | None = None,
         msg_id: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> Stored:
@@ -195,7 +197,8 @@ class Link:
         owner_seq = (headers or {}).get(EXPECTED_LAST_SEQ)
         while True:
             await self.until_connected()
-            await before()
+            if before is not None:
+                await before()
             if not self.connected:
                 continue
             sent, epoch = self._send(kind, payload, msg_id and self._world.msg_id(msg_id)), self.epoch
@@ -264,6 +267,8 @@ class Link:
 
     def _check(self) -> None:
         """Nothing leaves a worker whose lease has ended: by the true clock, whatever the worker thinks."""
+        if self.sweeps:
+            return
         assert self.lease is not None
         assert self._clock.now_s < self.lease.expires_s, "a worker spoke for a task after its lease had ended"
 
@@ -308,6 +313,35 @@ class Worker:
         self.work = self.fence = self.link.lease = None
 
 
+class Sweeper:
+    """A preprocess worker that finds the request expired; the workers' clocks are behind, so they go on with it."""
+
+    def __init__(self, world: "Ownership") -> None:
+        self._world, self.link, self.work = world, Link(world), None
+        self.link.sweeps = True
+
+    async def _sweep(self) -> None:
+        if self._world.broker.has_task:
+            await end_expired(self.link, self, REQUEST)  # type: ignore[arg-type]
+            self._world.broker.remove()
+
+    async def history(self, request: PreprocessedRequest) -> History:
+        return await self._world.read_log(self.link)
+
+    def step(self) -> None:
+        """Begin a sweep, or resume it until its next pause."""
+        self.work = self.work or self._sweep()
+        try:
+            self.work.send(None)
+        except (StopIteration, LeaseLost):
+            self.work = None
+
+    def leave(self) -> None:
+        if self.work is not None:
+            self.work.close()
+        self.work = None
+
+
 class Reader:
     """A client: live frames while it is connected, and the log after a gap or an outage, as `pipeline.follow` does."""
 
@@ -317,6 +351,7 @@ class Reader:
         self.output = Output(CHOICES)
         self.tokens: dict[int, list[int]] = {choice: [] for choice in range(CHOICES)}
         self.ends: Counter[int] = Counter()
+        self.expired: set[int] = set()  # choices that a sweeper ended
 
     def hear(self, frame: Frame) -> None:
         if self.connected:
@@ -340,6 +375,7 @@ class Reader:
             assert self._world.fits(token, new.choice, tokens), f"token {place} does not follow from those before it"
             tokens.append(token)
         self.ends[new.choice] += new.finish_reason is not None
+        self.expired |= {new.choice} if new.error else set()
 
 
 class Ownership(RuleBasedStateMachine):
@@ -361,6 +397,7 @@ class Ownership(RuleBasedStateMachine):
         self.broker = Broker(self.clock)
         self.reader = Reader(self)
         self.workers = [Worker(number, Link(self)) for number in range(WORKERS)]
+        self.sweepers = [Sweeper(self) for _ in range(2)]
         self.orphans: list[Link] = []  # connections of killed workers, with what was on its way
         self._unique = 0
 
@@ -375,18 +412,21 @@ class Ownership(RuleBasedStateMachine):
     def fits(self, token: int, choice: int, before: list[int]) -> bool:
         return token in {drawn(worker, choice, before) for worker in range(WORKERS)}
 
+    async def read_log(self, link: Link) -> History:
+        await Pause()
+        await link.until_connected()
+        history = History()
+        for frame in self.broker.log:
+            history.of(frame.choice).add(frame)
+        return history
+
     # --- a worker's steps --------------------------------------------------------------------------
 
     async def _work(self, worker: Worker, fence: Fence) -> None:
         """What `pipeline.runner` and `stages.decode` do, in their order."""
         attempt = await fence.attempt()
         attempt = await fence.own(REQUEST, attempt)
-        history = History()
-        if attempt > 1:
-            await Pause()
-            await worker.link.until_connected()
-            for frame in self.broker.log:
-                history.of(frame.choice).add(frame)
+        history = await self.read_log(worker.link) if attempt > 1 else History()
         left = [choice for choice in range(CHOICES) if not history.of(choice).end]
         tokens = {choice: history.of(choice).token_ids.tolist() for choice in left}
         while left:
@@ -475,6 +515,18 @@ class Ownership(RuleBasedStateMachine):
         self.orphans.append(worker.link)
         self.workers[number] = Worker(number, Link(self))
 
+    @rule(number=st.integers(0, 1), steps=st.integers(1, 12), then=st.sampled_from(["", "", "", "kill"]))
+    def sweep(self, number: int, steps: int, then: str) -> None:
+        """A sweeper comes by, or goes on."""
+        sweeper = self.sweepers[number]
+        for _ in range(steps):
+            sweeper.step()
+            self._arrive(sweeper.link, 1)
+        if then == "kill":
+            sweeper.leave()
+            self.orphans.append(sweeper.link)
+            self.sweepers[number] = Sweeper(self)
+
     # --- network, broker and clock -----------------------------------------------------------------
 
     @rule(number=st.integers(0, WORKERS - 1), count=st.integers(1, 8))
@@ -509,7 +561,7 @@ class Ownership(RuleBasedStateMachine):
 
     @rule()
     def kill_broker(self) -> None:
-        for link in [worker.link for worker in self.workers] + self.orphans:
+        for link in [one.link for one in (*self.workers, *self.sweepers)] + self.orphans:
             link.lose()
         self.orphans.clear()
         self.reader.connected = False
@@ -542,10 +594,13 @@ class Ownership(RuleBasedStateMachine):
             assert not self.broker.has_task, "the task is left in the queue"
             self.reader.catch_up()
             self.at_most_one_end_is_in_the_log()
-            read = {choice: len(tokens) for choice, tokens in self.reader.tokens.items()}
-            assert read == dict.fromkeys(range(CHOICES), TOKENS), f"an ended choice is not whole: {read}"
+            whole = self.reader.tokens.keys() - self.reader.expired
+            read = {choice: len(self.reader.tokens[choice]) for choice in whole}
+            assert read == dict.fromkeys(whole, TOKENS), f"an ended choice is not whole: {read}"
             assert self.reader.ends == Counter(range(CHOICES))
         finally:
+            for sweeper in self.sweepers:
+                sweeper.leave()
             for worker in self.workers:
                 worker.leave()
                 if worker.renewal is not None:
@@ -553,6 +608,9 @@ class Ownership(RuleBasedStateMachine):
             self._patches.close()
 
     def _quiet_round(self) -> None:
+        for sweeper in self.sweepers:
+            sweeper.link.reconnect()
+            self._arrive(sweeper.link, len(sweeper.link.wire))
         for worker in self.workers:
             worker.link.reconnect()
             self.work(worker.number, 6, True, "")
