@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -97,6 +98,22 @@ async def test_a_drained_worker_finishes_what_it_has_and_ends(tmp_path: Path):
         assert '"event": "worker_stopped"' in said
         code, said = await command(local.url, "drain", "nobody")
         assert (code, "no worker is called 'nobody'" in said) == (1, True)
+
+
+@pytest.mark.timeout(120)
+async def test_a_paused_model_keeps_its_requests_and_answers_those_that_expire(tmp_path: Path):
+    async with serving(tmp_path) as local, Client.connect(local.url) as client:
+        async with asyncio.timeout(READY_S_MAX):
+            await local.until_ready()
+        code, said = await command(local.url, "pause", MODEL, "--for", "1h")
+        assert (code, "0 requests wait, running ones go on" in said) == (0, True), said
+        kept = asyncio.create_task(last(client.generate(request_id="kept", **LONG | {"max_tokens": 3})))
+        deadline_unix_s = time.time() + 3
+        end = await last(client.generate(request_id="late", deadline=deadline_unix_s, **LONG))
+        assert end.error and end.error.code == "deadline_exceeded"
+        assert time.time() - deadline_unix_s < 5
+        assert await command(local.url, "unpause", MODEL) == (0, f"{MODEL} goes on\n")
+        assert (await kept).finish_reason == "length"
 
 
 @pytest.mark.timeout(120)
