@@ -52,6 +52,9 @@ class SimulatedSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     max_running_requests: Annotated[int, msgspec.Meta(ge=1)] = 64
     eos_after_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0  # 0: runs to max_tokens
     disaggregation: Literal["aggregated", "prefill", "decode"] = "aggregated"
+    prefill_us_per_token: Annotated[float, msgspec.Meta(ge=0, le=1_000_000)] = 0.0  # beside ttft_ms, if not cached
+    kv_block_tokens: Annotated[int, msgspec.Meta(ge=1, le=65_536)] = 16
+    kv_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0  # the KV cache; 0: max_running_requests full contexts
 
 
 class RoutingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -92,6 +95,7 @@ class StageSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     engine: Literal["sglang", "simulated"] = "sglang"
     slots: Slots = 0  # most tasks at once; 0: as many as the engine runs, or the role's default
     sglang: dict[str, Any] = {}  # SGLang's own ServerArgs, by field name
+    kv_events: bool | None = None  # publish what becomes of KV blocks; None: where that costs little
     simulated: SimulatedSettings = SimulatedSettings()
     routing: RoutingSettings = RoutingSettings()  # preprocess, and decode for its prefill workers
     metrics_port: Port = 0  # telemetry: 0 picks a free one

@@ -3,6 +3,7 @@
 from pipeline.config import WorkerSettings
 from pipeline.engine.protocol import Engine
 from pipeline.errors import ConfigError
+from subjects import names
 
 
 def build_engine(settings: WorkerSettings, incarnation: str) -> Engine:
@@ -10,11 +11,13 @@ def build_engine(settings: WorkerSettings, incarnation: str) -> Engine:
     if settings.engine == "simulated":
         from pipeline.engine.simulated import Address, SimulatedEngine
 
-        return SimulatedEngine(settings.simulated, Address(settings.nats, settings.worker, incarnation))
+        model = None if settings.kv_events is False else settings.model
+        return SimulatedEngine(settings.simulated, Address(settings.nats, settings.worker, incarnation, model))
     if not settings.model_path:
         raise ConfigError("the SGLang engine needs a model: give --model-path PATH", field="model_path")
     from pipeline.engine.sglang.engine import SglangEngine
     from pipeline.engine.sglang.handshake import HandshakeSettings
+    from pipeline.engine.sglang.kv_events import KvEventsSettings
 
     ours = {"served_model_name": settings.model} if settings.model else {}  # what SGLang's series call the model
     if settings.role == "prefill":
@@ -24,4 +27,14 @@ def build_engine(settings: WorkerSettings, incarnation: str) -> Engine:
     handshake = None
     if mode in ("prefill", "decode"):
         handshake = HandshakeSettings(url=settings.nats, worker=settings.worker, incarnation=incarnation, role=mode)
-    return SglangEngine(settings.model_path, given, handshake)
+    kv_events = None
+    if settings.kv_events is not False and settings.model and mode != "decode" and "kv_events_config" not in given:
+        model = names.token(settings.model)
+        kv_events = KvEventsSettings(
+            url=settings.nats,
+            model=model,
+            worker=settings.worker,
+            incarnation=incarnation,
+            at_any_cost=settings.kv_events is True,
+        )
+    return SglangEngine(settings.model_path, given, handshake, kv_events)

@@ -6,7 +6,8 @@ A token is a function of the seed and of every token before it, and of nothing e
 resumed from prompt + emitted tokens, on another worker, goes on as the first one would have.
 
 Disaggregated, prefill takes the time to the first token and decode the rest; they meet on the bus, as SGLang's engines
-do.
+do. Where prompts are prefilled there is a cache of KV blocks: a prompt that begins like an earlier one has less to
+prefill, and what becomes of the blocks is published as SGLang's engines do.
 """
 
 import asyncio
@@ -21,19 +22,32 @@ from typing import Any, Final
 
 import msgspec
 
+from pipeline.block_hashes import TOKEN_BYTES, block_hashes
 from pipeline.bus import Bus
 from pipeline.config import SimulatedSettings
 from pipeline.engine.protocol import CANARY, EngineInfo, EngineOutput, EngineRequest, Room, Vitals
+from pipeline.engine.simulated_cache import PrefixCache
 from pipeline.engine.simulated_rooms import KvFetcher, PrefillRooms
 from pipeline.errors import Busy, EngineDied, EngineSuspended, InvalidRequest, NotSupported
+from pipeline.kv_publisher import KvPublisher, KvRank
 from pipeline.operations import Arguments
 from subjects.codec import TokenIds
-from subjects.messages import FinishReason, Load, MetricFamily, PositionLogprobs, StopConditions, TokenLogprob
+from subjects.messages import (
+    BlocksCleared,
+    FinishReason,
+    KvEvent,
+    Load,
+    MetricFamily,
+    PositionLogprobs,
+    StopConditions,
+    TokenLogprob,
+)
 
 VOCAB_TOKENS: Final = 32_000
 EOS_TOKEN: Final = 2
 """The end of an output, unless the request ignores it; every other token is 3 or more."""
-KV_BLOCK_TOKENS: Final = 16
+STEP_S: Final = 0.005
+"""What becomes of KV blocks within this time is published as one message, as with a step of a real engine."""
 TICK_S: Final = 0.001
 """The resolution of the pace."""
 _BOS_TOKEN: Final = 1
@@ -249,18 +263,19 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Address:
-    """Under which name, and on which broker, a disaggregated engine meets others."""
+    """Under which name, and on which broker, an engine meets others."""
 
     nats: str
     worker: str
     incarnation: str
+    model: str | None = None  # the served name, where KV events are published
 
 
 class SimulatedEngine:
     """Implements `pipeline.engine.protocol.Engine` without a model; see the module's docstring."""
 
     def __init__(self, settings: SimulatedSettings, address: Address | None = None) -> None:
-        """`address`: needed with disaggregation."""
+        """`address`: needed with disaggregation, and for KV events."""
         self._settings, self._address = settings, address
         self._bus: Bus | None = None
         self._rooms: PrefillRooms | None = None
@@ -272,30 +287,52 @@ class SimulatedEngine:
         self._outputs = 0
         self._closed = asyncio.Event()
         self._released = False
+        self._cache = PrefixCache(self._kv_tokens // settings.kv_block_tokens)
+        self._prefilled_s = 0.0  # when the last prompt is prefilled, by the loop's clock
+        self._publisher: KvPublisher | None = None
+        self._news: list[KvEvent] = []  # of this step
 
     async def start(self) -> EngineInfo:
         settings = self._settings
         if settings.disaggregation != "aggregated":
             await self._meet()
+        if self._address is not None and self._address.model and settings.disaggregation != "decode":
+            await self._announce(self._address, self._address.model)
         return EngineInfo(
             name="simulated",
             model_path="simulated",
             context_len_tokens=settings.context_len_tokens,
             max_running_requests=settings.max_running_requests,
             max_prefill_tokens=settings.context_len_tokens,
-            kv_blocks=self._kv_tokens // KV_BLOCK_TOKENS,
-            kv_block_tokens=KV_BLOCK_TOKENS,
+            kv_blocks=self._kv_tokens // settings.kv_block_tokens,
+            kv_block_tokens=settings.kv_block_tokens,
             disaggregation=settings.disaggregation,
         )
 
     async def _meet(self) -> None:
         assert self._address is not None, "a disaggregated engine needs an address"
-        self._bus = await Bus.connect(self._address.nats, name=f"{self._address.worker}.kv")
+        self._bus = await self._connect(self._address)
         if self._settings.disaggregation == "prefill":
             self._rooms = PrefillRooms(self._bus, self._address.worker, self._address.incarnation)
             await self._rooms.listen()
         else:
             self._fetcher = KvFetcher(self._bus)
+
+    async def _connect(self, address: Address) -> Bus:
+        return self._bus or await Bus.connect(address.nats, name=f"{address.worker}.kv")
+
+    async def _announce(self, address: Address, model: str) -> None:
+        """Begin to publish KV events; the first says that there are no blocks."""
+        self._bus = await self._connect(address)
+        rank = KvRank(
+            model=model,
+            worker=address.worker,
+            incarnation=address.incarnation,
+            block_tokens=self._settings.kv_block_tokens,
+        )
+        self._publisher = KvPublisher(self._bus, rank)
+        await self._publisher.start()
+        self._publisher.publish([BlocksCleared()])
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """See `Engine.generate`. Waits for a free place first, in order of arrival."""
@@ -357,12 +394,15 @@ class SimulatedEngine:
             case "server_info":
                 return msgspec.to_builtins(self._settings)
             case "flush_cache":
-                return {"flushed": True}  # nothing is cached
+                self._tell(self._cache.clear())
+                return {"flushed": True}
             case "release_memory" | "resume_memory":
                 release = operation == "release_memory"
                 if release == self._released:
                     raise Busy(f"{operation}: its memory is {'' if release else 'not '}released")
                 self._released = release
+                if release:
+                    self._tell(self._cache.clear())
                 return {"released": ["kv_cache"] if release else []}
         raise NotSupported(f"the simulated engine cannot {operation}: it computes nothing")
 
@@ -396,7 +436,7 @@ class SimulatedEngine:
 
     @property
     def _kv_tokens(self) -> int:
-        return self._settings.context_len_tokens * self._settings.max_running_requests
+        return self._settings.kv_tokens or self._settings.context_len_tokens * self._settings.max_running_requests
 
     async def _run(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         writer = Writer(request, self._settings)
@@ -404,15 +444,15 @@ class SimulatedEngine:
         self._running[request.rid] = (request, writer)
         outputs: list[EngineOutput] = []
         try:
-            ttft_s = self._settings.ttft_ms / 1000
             if self._fetcher is not None:
                 assert request.room is not None, "disaggregated decode works in rooms"
                 if not request.room.loopback:
                     await self._fetcher.fetch(request.room, request.token_ids)
-                ttft_s = 0.0
-            turn.due_s = asyncio.get_running_loop().time() + ttft_s
-            self._wheel.add(turn)
-            async for output in self._paced(writer, turn):
+                turn.due_s = asyncio.get_running_loop().time()
+                written = self._paced(writer, turn)
+            else:
+                written = self._prefilled(request, writer, turn)
+            async for output in written:
                 if request.output.stream:
                     yield output
                 else:
@@ -423,7 +463,51 @@ class SimulatedEngine:
             turn.over = True
             del self._running[request.rid]
 
+    async def _prefilled(self, request: EngineRequest, writer: Writer, turn: Turn) -> AsyncIterator[EngineOutput]:
+        """The whole output, from a prompt whose first blocks may be in the cache."""
+        block_tokens = self._settings.kv_block_tokens
+        hashes = block_hashes(request.token_ids, block_tokens)
+        # The last token is computed in any case: the next one comes of it.
+        usable = (len(request.token_ids) - 1) // block_tokens
+        cached_tokens = self._cache.held(hashes[:usable]) * block_tokens
+        turn.due_s = self._first_token_s(len(request.token_ids) - cached_tokens)
+        sequence = [request.token_ids.raw]
+        async for output in self._paced(writer, turn):
+            if len(sequence) == 1:
+                self._keep(hashes)
+            sequence.append(output.token_ids.raw)
+            if output.finish_reason is None:
+                yield output
+            else:
+                computed = TokenIds(b"".join(sequence)[:-TOKEN_BYTES])  # the last token's KV would come with the next
+                self._keep(block_hashes(computed, block_tokens))
+                yield replace(output, cached_tokens=cached_tokens)
+
+    def _first_token_s(self, uncached_tokens: int) -> float:
+        """When a prompt that begins now has its first token, by the loop's clock: prompts are prefilled in turn."""
+        now_s = asyncio.get_running_loop().time()
+        self._prefilled_s = max(now_s, self._prefilled_s) + uncached_tokens * self._settings.prefill_us_per_token / 1e6
+        return self._prefilled_s + self._settings.ttft_ms / 1000
+
+    def _keep(self, hashes: list[int]) -> None:
+        """Take blocks into the cache, and tell what became of it."""
+        self._tell(self._cache.keep(hashes))
+
+    def _tell(self, events: list[KvEvent]) -> None:
+        """Publish what became of blocks at the end of the step."""
+        if self._publisher is None or not events:
+            return
+        if not self._news:
+            asyncio.get_running_loop().call_later(STEP_S, self._publish_news, self._publisher)
+        self._news += events
+
+    def _publish_news(self, publisher: KvPublisher) -> None:
+        news, self._news = self._news, []
+        publisher.publish(news)
+
     async def _paced(self, writer: Writer, turn: Turn) -> AsyncIterator[EngineOutput]:
+        """The output as the wheel hands it out, from `turn.due_s` on."""
+        self._wheel.add(turn)
         finished = False
         while not finished:
             if self._closed.is_set():
@@ -471,4 +555,5 @@ def _joined(outputs: list[EngineOutput]) -> EngineOutput:
         logprobs=tuple(one for output in outputs for one in output.logprobs or ()) if last.logprobs else None,
         finish_reason=last.finish_reason,
         matched_stop=last.matched_stop,
+        cached_tokens=last.cached_tokens,
     )

@@ -20,12 +20,15 @@ from disaggregated_topology import (
     started,
     topology,
 )
+from kv_reading import hashes_of, snapshot
 
+from pipeline.block_hashes import block_hashes
 from pipeline.bus import Received
 from pipeline.engine.sglang.handshake import describe
 from pipeline.engine.sglang.handshake.wire import PAIR
+from pipeline.errors import NoResponders
 from subjects import names
-from subjects.codec import decode
+from subjects.codec import TokenIds, decode
 from subjects.messages import Claim, Frame, PrefillTask
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800), pytest.mark.asyncio(loop_scope="session")]
@@ -112,6 +115,14 @@ async def test_the_handshake_can_be_read_on_the_bus(
     written = [line for line in two_prefill.handshake if line.room == room and line.operation == "status success"]
     assert [(line.pages, line.kv_bytes) for line in written] == [(70, moved[0].kv_bytes)]
     assert written[0].sender.startswith("prefill-") and written[0].microseconds > 0
+
+
+async def test_prefill_tells_of_its_blocks_and_decode_has_none(pair: Disaggregated) -> None:
+    prompt = prompts([40])[0]
+    await pair.ask(prompt, MAX_TOKENS)
+    assert set(block_hashes(TokenIds.of(prompt), 1)) <= hashes_of(await snapshot(pair.bus, "prefill-0"))
+    with pytest.raises(NoResponders):
+        await pair.bus.request(names.KV_SNAPSHOT.of(worker="decode-0", rank="0"))
 
 
 class Moments:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.engine.sglang.bus_thread import BusThread
 from pipeline.engine.sglang.handshake.postbox import Postbox
 from pipeline.engine.sglang.handshake.settings import HandshakeSettings
 from pipeline.engine.sglang.handshake.wire import Address, Rank
@@ -61,7 +62,9 @@ def open_box(server: NatsServer) -> Iterator[Open]:
 
     def opened(worker: str, incarnation: str = "i1", rank: Rank = ONLY_RANK) -> tuple[Postbox, Resident]:
         settings = HandshakeSettings(url=server.url, worker=worker, incarnation=incarnation, role="decode")
-        box, resident = Postbox(settings, rank, page_bytes=10), Resident()
+        thread = BusThread(server.url, worker)
+        thread.start()
+        box, resident = Postbox(thread, settings, rank, page_bytes=10), Resident()
         box.start()
         box.attach(resident)
         boxes.append(box)
@@ -69,7 +72,7 @@ def open_box(server: NatsServer) -> Iterator[Open]:
 
     yield opened
     for box in boxes:
-        box.close()
+        box.thread.close()
 
 
 def read(box: Postbox) -> list[bytes]:
@@ -109,13 +112,13 @@ def test_a_message_to_nobody_fails_its_room_at_once(open_box: Open) -> None:
 def test_a_peer_that_leaves_the_bus_is_lost_within_a_second(open_box: Open) -> None:
     (_, resident), (prefill, _) = open_box("decode"), open_box("prefill")
     resident.in_use.add(prefill.address)
-    prefill.close()
+    prefill.thread.close()
     assert resident.heard.get(timeout=DEATH_S) == ("lost", prefill.address)
 
 
 def test_a_peer_that_is_not_in_use_is_not_judged(open_box: Open) -> None:
     (_, resident), (prefill, _) = open_box("decode"), open_box("prefill")
-    prefill.close()
+    prefill.thread.close()
     with pytest.raises(queue.Empty):
         resident.heard.get(timeout=DEATH_S)
 
@@ -138,7 +141,7 @@ def test_routes_reach_who_comes_later_and_a_worker_of_the_same_name_takes_over(o
     former.put_row(str(former.address), b"row 1")
     _, resident = open_box("decode")
     assert resident.heard.get(timeout=DEADLINE_S) == (str(former.address), b"row 1")
-    former.close()
+    former.thread.close()
     newer, _ = open_box("prefill", "i2")
     newer.put_row(str(newer.address), b"row 2")
     assert resident.heard.get(timeout=DEADLINE_S) == (str(former.address), None)
@@ -167,6 +170,5 @@ def test_what_the_broker_forgot_is_gone_only_when_nobody_puts_it_again(open_box:
 
 
 def test_no_broker_is_a_sentence() -> None:
-    settings = HandshakeSettings(url="nats://127.0.0.1:1", worker="w", incarnation="i", role="decode")
     with pytest.raises(EngineStartError, match=r"127\.0\.0\.1:1"):
-        Postbox(settings, ONLY_RANK, page_bytes=1).start()
+        BusThread("nats://127.0.0.1:1", "w").start()

@@ -29,6 +29,8 @@ class Symbol:
 _ENGINE: Final = "sglang.srt.entrypoints.engine"
 _MANAGER: Final = "sglang.srt.managers.tokenizer_manager"
 _IO: Final = "sglang.srt.managers.io_struct"
+_KV_EVENTS: Final = "sglang.srt.disaggregation.kv_events"
+_KV_COMPONENT: Final = "sglang.srt.managers.scheduler_components.kv_events_publisher"
 SYMBOLS: Final = (
     Symbol(_ENGINE, "Engine.run_scheduler_process_func"),
     Symbol(_ENGINE, "Engine.run_detokenizer_process_func"),
@@ -175,6 +177,22 @@ SYMBOLS: Final = (
         ("probs", "top_ks", "top_ps", "min_ps", "need_min_p_sampling", "sampling_seed", "positions"),
     ),
     Symbol("sglang.srt.disaggregation.nixl.conn", "NixlKVManager.__init__"),
+    # KV events: `kv_events` and `kv_event_publisher`.
+    Symbol(_KV_EVENTS, "EventPublisherFactory.register_publisher", ("name", "ctor")),
+    Symbol(_KV_EVENTS, "EventPublisherFactory.create", ("config", "attn_dp_rank")),
+    Symbol(_KV_EVENTS, "BlockStored", ("block_hashes", "parent_block_hash", "block_size", "medium")),
+    Symbol(_KV_EVENTS, "BlockRemoved", ("block_hashes", "medium")),
+    Symbol(_KV_EVENTS, "AllBlocksCleared"),
+    Symbol(_KV_EVENTS, "EventBatch", ("events",)),
+    Symbol(_KV_EVENTS, "StorageMedium.GPU"),
+    Symbol(_KV_EVENTS, "StorageMedium.CPU"),
+    Symbol(_KV_EVENTS, "StorageMedium.DISK"),
+    Symbol(_KV_EVENTS, "StorageMedium.EXTERNAL"),
+    Symbol(_KV_COMPONENT, "SchedulerKvEventsPublisher", ("tree_cache",)),
+    Symbol(_KV_COMPONENT, "SchedulerKvEventsPublisher.init_kv_events", ("self", "kv_events_config")),
+    Symbol(_KV_COMPONENT, "SchedulerKvEventsPublisher.emit_kv_metrics", ("self",)),
+    Symbol(_KV_COMPONENT, "SchedulerKvEventsPublisher.publish_kv_events", ("self",)),
+    Symbol("sglang.srt.managers.scheduler", "Scheduler.process_batch_result", ("self", "batch", "result")),
 )
 
 _SCHEDULER: Final = "sglang.srt.managers.scheduler"
@@ -186,6 +204,9 @@ TEXTS: Final = (
     Symbol(_MANAGER, "TokenizerManager.init_ipc_channels"),
     Symbol(_MANAGER, "TokenizerManager.flush_cache"),
     Symbol(_SCHEDULER, "Scheduler.get_internal_state"),
+    Symbol(_SCHEDULER, "Scheduler.init_kv_events_publisher"),
+    Symbol(_KV_COMPONENT, "SchedulerKvEventsPublisher.init_kv_events"),
+    Symbol(_KV_COMPONENT, "SchedulerKvEventsPublisher.publish_kv_events"),
 )
 _LINES: Final = {
     "Engine.__init__": (
@@ -207,6 +228,12 @@ _LINES: Final = {
         'ret["effective_max_running_requests_per_dp"] = self.max_running_requests',
         'ret["memory_usage"] = ',
         "token_capacity=self.max_total_num_tokens",
+    ),
+    "Scheduler.init_kv_events_publisher": ("self.kv_events_publisher = SchedulerKvEventsPublisher(",),
+    "SchedulerKvEventsPublisher.init_kv_events": ("self.kv_event_publisher = EventPublisherFactory.create(",),
+    "SchedulerKvEventsPublisher.publish_kv_events": (
+        "events = self.tree_cache.take_events()",
+        "self.kv_event_publisher.publish(batch)",
     ),
 }
 """Text that must stand in these functions, where a name alone does not show how it is used."""

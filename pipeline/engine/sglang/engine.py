@@ -17,6 +17,7 @@ import structlog
 from pipeline.engine.protocol import CANARY, EngineInfo, EngineOutput, EngineRequest, Room, Vitals
 from pipeline.engine.sglang import launch, outputs, requests, series, vitals
 from pipeline.engine.sglang.handshake import HandshakeSettings
+from pipeline.engine.sglang.kv_events import KvEventsSettings
 from pipeline.engine.sglang.operations import Operations
 from pipeline.errors import EngineDied, EngineFailed, EngineSuspended, InvalidRequest, PipelineError
 from pipeline.models import prepare_model
@@ -42,10 +43,14 @@ class SglangEngine:
     """
 
     def __init__(
-        self, model_path: str, server_args: Mapping[str, Any], handshake: HandshakeSettings | None = None
+        self,
+        model_path: str,
+        server_args: Mapping[str, Any],
+        handshake: HandshakeSettings | None = None,
+        kv_events: KvEventsSettings | None = None,
     ) -> None:
-        """`handshake`: with disaggregation, this engine's place on the bus."""
-        self._model_path, self._handshake = model_path, handshake
+        """`handshake`: with disaggregation, this engine's place on the bus. `kv_events`: to publish them."""
+        self._model_path, self._handshake, self._kv_events = model_path, handshake, kv_events
         self._server_args = dict(server_args)
         # SGLang's children die with the thread that started them: it must live as long as they.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sglang-launch")
@@ -230,7 +235,7 @@ class SglangEngine:
         self._folder = str(path)
         if self._handshake is not None:
             os.environ.update(self._handshake.to_environment())  # SGLang's processes inherit it
-        return launch.launch(str(path), self._server_args, self._given_up, self._inlet.outlet)
+        return launch.launch(str(path), self._server_args, self._given_up, self._inlet.outlet, self._kv_events)
 
     def _read_outputs(self, loop: asyncio.AbstractEventLoop) -> None:
         """What SGLang's `auto_create_handle_loop` does at the first request, and no more.

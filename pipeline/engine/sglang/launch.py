@@ -4,6 +4,7 @@ import atexit
 import functools
 import logging
 import multiprocessing
+import os
 import socket
 import tempfile
 import threading
@@ -14,19 +15,27 @@ from typing import Any, Final
 
 import psutil
 
-from pipeline.engine.sglang import compat, cpu_platform, processes, series, server_args
+from pipeline.engine.sglang import compat, cpu_platform, kv_events, processes, series, server_args
 from pipeline.engine.sglang.handshake import from_environment, install
+from pipeline.engine.sglang.kv_events import KvEventsSettings
 from pipeline.errors import EngineStartError, PipelineError
 
 KILL_S_MAX: Final = 10.0
 
 
-def launch(model_path: str, given: Mapping[str, Any], given_up: threading.Event, outlet: socket.socket) -> Any:
+def launch(
+    model_path: str,
+    given: Mapping[str, Any],
+    given_up: threading.Event,
+    outlet: socket.socket,
+    events: KvEventsSettings | None = None,
+) -> Any:
     """Start SGLang's processes and load the model; returns a `sglang.Engine`. Blocks for 10 s to minutes.
 
     Run it in a thread that lives until the engine has ended: Linux kills SGLang's children with the *thread* that
     started them. Raises ConfigError for a wrong setting, EngineStartError for all else; no process is left then.
     Once `given_up` is set it starts nothing. `outlet`: where SGLang's processes send their metrics, see `series`.
+    `events`: to publish KV events, where that costs little.
     """
     cpu_platform.prepare()
     compat.check()
@@ -35,6 +44,11 @@ def launch(model_path: str, given: Mapping[str, Any], given_up: threading.Event,
     series.keep_in_memory()
     series.forget_earlier()
     arguments = server_args.resolve(model_path, given)
+    if events is not None and kv_events.wanted(
+        events, arguments.get("page_size") or 1, cpu_platform.accelerator_present()
+    ):
+        os.environ.update(events.to_environment())  # SGLang's processes inherit it
+        arguments["kv_events_config"] = kv_events.CONFIG
     before = children()
     if given_up.is_set():
         raise EngineStartError("the engine was closed while it started")

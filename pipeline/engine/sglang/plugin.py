@@ -9,19 +9,23 @@ import logging
 import os
 import sys
 
-from pipeline.engine.sglang import cpu_platform
+from pipeline.engine.sglang import cpu_platform, kv_events
 from pipeline.engine.sglang.handshake import from_environment, install
+from pipeline.engine.sglang.ports import close_ports
 from pipeline.errors import EngineStartError
 
 logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Fit SGLang to this machine, and its prefill-decode handshake to NATS where the worker asked for it."""
+    """Fit SGLang to this machine, and its handshake and KV events to NATS where the worker asked for it."""
     try:
         cpu_platform.patch()
+        close_ports()
         if (handshake := from_environment()) is not None:
             install(handshake)
+        if (events := kv_events.from_environment()) is not None:
+            kv_events.install(events)
     except EngineStartError as error:
         _end(str(error))
     except Exception:  # the outermost guard: SGLang would log it and go on, with its own HTTP and ZMQ handshake

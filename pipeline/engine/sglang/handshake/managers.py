@@ -17,6 +17,7 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.server_args import ServerArgs
 
 from pipeline import metrics
+from pipeline.engine.sglang import bus_thread
 from pipeline.engine.sglang.handshake.postbox import Inbox, Postbox
 from pipeline.engine.sglang.handshake.routes import RouteBook, RouteRequests
 from pipeline.engine.sglang.handshake.settings import HandshakeSettings
@@ -71,7 +72,9 @@ class Place:
 
     def open(self, rank: Rank, page_bytes: int) -> Postbox:
         """Connect as `rank`. Raises EngineStartError."""
-        self._postbox = Postbox(self._settings, rank, page_bytes)
+        settings = self._settings
+        thread = bus_thread.of_this_process(settings.url, f"engine {settings.worker}.{settings.incarnation}.{rank}")
+        self._postbox = Postbox(thread, settings, rank, page_bytes)
         self._postbox.start()
         return self._postbox
 

@@ -6,7 +6,6 @@ from sglang.srt.environ import envs
 
 from pipeline.engine.sglang.handshake import compat
 from pipeline.engine.sglang.handshake.managers import NatsKVSender, Place, kv_manager
-from pipeline.engine.sglang.handshake.ports import close_ports
 from pipeline.engine.sglang.handshake.routes import SilentBootstrapServer
 from pipeline.engine.sglang.handshake.settings import HandshakeSettings
 from pipeline.errors import EngineStartError
@@ -23,7 +22,6 @@ def apply(settings: HandshakeSettings) -> None:
     compat.check()
     if envs.SGLANG_DISAGG_STAGING_BUFFER.get():
         raise EngineStartError("SGLANG_DISAGG_STAGING_BUFFER opens ZMQ sockets between engines; unset it")
-    close_ports()
     place = Place(settings)
     common.get_local_ip_auto = place.local_ip
     common.get_zmq_socket_on_host = place.socket_on_host

@@ -1,4 +1,4 @@
-"""One rank's place on the bus: the transport under SGLang's KV manager, in a thread with its own event loop.
+"""One rank's place on the bus: the transport under SGLang's KV manager, on the process' `BusThread`.
 
 SGLang's scheduler never waits for the broker: sending hands a message to the thread, receiving reads a queue
 that the thread fills. Every message is receipted (see `link`). While a room is open its peers are pinged, so
@@ -7,11 +7,9 @@ subject of their own: a reader of `sglang.bootstrap.>` is a responder in the bro
 """
 
 import asyncio
-import contextlib
 import functools
 import logging
 import queue
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -19,7 +17,8 @@ from typing import Final, Protocol
 import msgspec
 
 from pipeline import metrics
-from pipeline.bus import Bucket, Bus, Received
+from pipeline.bus import Bucket, Received
+from pipeline.engine.sglang.bus_thread import BusThread
 from pipeline.engine.sglang.handshake.link import MESSAGES_MAX, Incoming, Outbound, Outgoing
 from pipeline.engine.sglang.handshake.settings import HandshakeSettings
 from pipeline.engine.sglang.handshake.wire import (
@@ -36,7 +35,7 @@ from pipeline.engine.sglang.handshake.wire import (
 from pipeline.errors import EngineStartError, PipelineError
 from subjects import headers, limits, streams
 
-CONNECT_S: Final = 10.0
+OPEN_S: Final = 10.0
 PUT_S: Final = 5.0
 WATCH_S: Final = 0.25
 SETTLE_S: Final = 0.05
@@ -116,47 +115,38 @@ class _Peer:
 class Postbox:
     """Sends and receives for one rank. Public methods may be called from any thread."""
 
-    def __init__(self, settings: HandshakeSettings, rank: Rank, page_bytes: int) -> None:
-        """`page_bytes`: KV bytes of one page over all layers, for readers of the messages."""
+    def __init__(self, thread: BusThread, settings: HandshakeSettings, rank: Rank, page_bytes: int) -> None:
+        """`thread`: started. `page_bytes`: KV bytes of one page over all layers, for readers of the messages."""
         self.address = Address(settings.worker, settings.incarnation, rank)
         self.inbox = Inbox()
-        self._settings = settings
+        self.thread, self._loop, self._bus = thread, thread.loop, thread.bus
         self._page_bytes = page_bytes
         self._resident: Resident | None = None
         self._rows: dict[str, bytes] = {}  # of this worker, in the routes bucket
         self._peers: dict[Address, _Peer] = {}
         self._by_number: list[_Peer] = []
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="handshake", daemon=True)
-        self._started = threading.Event()
-        self._start_error: PipelineError | None = None
         self._stood_still_s = -limits.PRESENCE_S
 
     def start(self) -> None:
-        """Connect and subscribe. Raises EngineStartError."""
-        self._thread.start()
-        if not self._started.wait(2 * CONNECT_S):
-            raise EngineStartError(f"the handshake did not reach the broker in {2 * CONNECT_S:.0f} s")
-        if self._start_error is not None:
-            raise EngineStartError(f"the handshake cannot start: {self._start_error}") from self._start_error
-
-    def close(self) -> None:
-        """Leave the bus: whoever writes to this address is told at once that nobody is there."""
-        self._loop.call_soon_threadsafe(self._work.cancel)
-        self._thread.join(CONNECT_S)
+        """Subscribe. Raises EngineStartError."""
+        try:
+            self.thread.run(self._open(), OPEN_S)
+        except (PipelineError, TimeoutError) as error:
+            reason = str(error) or f"no answer within {OPEN_S:.0f} s"
+            raise EngineStartError(f"the handshake cannot start: {reason}") from error
 
     def attach(self, resident: Resident) -> None:
         """From now on `resident` is told of peers and routes; it gets all routes known so far first."""
-        self._loop.call_soon_threadsafe(self._attach, resident)
+        self.thread.call(self._attach, resident)
 
     def send(self, to: Address, frames: list[bytes]) -> None:
         """Deliver SGLang's frames once and in order, or report them as undelivered."""
-        self._loop.call_soon_threadsafe(self._send, to, frames)
+        self.thread.call(self._send, to, frames)
 
     def report(self, to: Address, operation: str, room: int, said: dict[str, str]) -> None:
         """Publish a message for readers only; the peer's SGLang does not see it."""
         said = {headers.HANDSHAKE_FROM: str(self.address)} | said
-        self._loop.call_soon_threadsafe(self._publish, to.subject(operation, str(room)), b"", said)
+        self.thread.call(self._publish, to.subject(operation, str(room)), b"", said)
 
     def put_row(self, key: str, row: bytes, *, keep: bool = True) -> None:
         """Put a row into the routes bucket and wait for the broker; `keep`: put it again before it ages.
@@ -165,35 +155,16 @@ class Postbox:
         """
         if keep:
             self._rows[key] = row
-        asyncio.run_coroutine_threadsafe(self._bucket.put(key, row), self._loop).result(PUT_S)
+        self.thread.run(self._bucket.put(key, row), PUT_S)
 
     def run(self, task: Callable[[], None]) -> None:
         """Run a slow function on another thread, so that the postbox goes on."""
-        self._loop.call_soon_threadsafe(self._loop.run_in_executor, None, task)
+        self.thread.call(self._loop.run_in_executor, None, task)
 
-    # --- the thread -------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._main())
-
-    async def _main(self) -> None:
-        try:
-            await self._open()
-        except PipelineError as error:
-            self._start_error = error
-            return
-        finally:
-            self._started.set()
-        try:
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._work
-        finally:
-            await self._bus.close()
+    # --- on the thread ----------------------------------------------------------------------------
 
     async def _open(self) -> None:
         self._outbox: asyncio.Queue[tuple[str, bytes, dict[str, str], str]] = asyncio.Queue(MESSAGES_MAX)
-        self._bus = await Bus.connect(self._settings.url, name=f"handshake {self.address}", timeout_s=CONNECT_S)
         self._first_connected_s = self._bus.connected_since_s
         self._bus.on_reconnect(self._reconnected)
         await self._bus.subscribe(self.address.inbox(), self._on_message)
@@ -202,8 +173,9 @@ class Postbox:
         await self._bus.subscribe(f"{self._pongs}.*", self._on_pong)
         self._bucket: Bucket = await self._bus.bucket(streams.ROUTES)
         await self._drop_former_rows()
-        await self._bus.flush(CONNECT_S)
-        self._work = asyncio.gather(self._drain(), self._watch(), self._refresh())
+        await self._bus.flush(OPEN_S)
+        for work in (self._drain(), self._watch(), self._refresh()):
+            self._bus.spawn(work)
 
     async def _drop_former_rows(self) -> None:
         """A worker of the same name has taken the former one's place."""

@@ -6,8 +6,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from pipeline.errors import EngineStartError
-from subjects.names import is_token
+from pipeline.engine.sglang import environment
 
 ENVIRONMENT: Final = "SGLANG_NATS_HANDSHAKE"
 """Environment variable with the settings as JSON; its absence leaves SGLang's own control plane in place."""
@@ -38,14 +37,4 @@ class HandshakeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> HandshakeSettings | None:
     """The settings that the worker left, or None without a handshake on NATS. Raises EngineStartError."""
-    text = environ.get(ENVIRONMENT)
-    if text is None:
-        return None
-    try:
-        settings = msgspec.json.decode(text, type=HandshakeSettings)
-    except msgspec.DecodeError as error:
-        raise EngineStartError(f"{ENVIRONMENT} is not a handshake setting: {error}", field=ENVIRONMENT) from error
-    for name in ("worker", "incarnation"):
-        if not is_token(getattr(settings, name)):
-            raise EngineStartError(f"{ENVIRONMENT}: {name} must be 1 to 64 characters of [A-Za-z0-9_-]", field=name)
-    return settings
+    return environment.read(environ, ENVIRONMENT, HandshakeSettings, tokens=("worker", "incarnation"))

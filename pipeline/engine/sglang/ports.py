@@ -16,8 +16,9 @@ import torch.testing._internal.distributed.fake_pg  # registers the backend "fak
 _ALONE = "fake"
 
 
+@functools.cache
 def close_ports() -> None:
-    """Change how this process makes process groups. Once a process."""
+    """Change how this process makes process groups. Idempotent."""
     torch.distributed.init_process_group = _alone_in_memory(torch.distributed.init_process_group)
     torch.distributed.new_group = _alone_without_gloo(torch.distributed.new_group)
     torch.distributed.monitored_barrier = _alone_without_waiting(torch.distributed.monitored_barrier)

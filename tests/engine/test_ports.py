@@ -9,7 +9,7 @@ pytestmark = pytest.mark.engine
 
 ALONE = """
 import datetime, os, torch
-from pipeline.engine.sglang.handshake.ports import close_ports
+from pipeline.engine.sglang.ports import close_ports
 close_ports()
 dist = torch.distributed
 dist.init_process_group(backend="gloo", init_method="tcp://127.0.0.1:0", world_size=1, rank=0)
