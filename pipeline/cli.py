@@ -49,7 +49,7 @@ NatsOption = Annotated[
         help=f"The broker; else $SGLANG_NATS_NATS, $NATS_URL, {config.NATS_URL_DEFAULT}.",
     ),
 ]
-Watched = Annotated[Literal["bootstrap"], typer.Argument(help="What to watch.")]
+Watched = Annotated[Literal["bootstrap", "kv"], typer.Argument(help="What to watch.")]
 ModelOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="The served model; default: the only one that is served.")
 ]
@@ -336,10 +336,10 @@ def health(
 
 @app.command(rich_help_panel=ASK)
 def watch(what: Watched, nats: NatsOption = None) -> None:
-    """Print what passes between workers as it happens: bootstrap, the handshakes of prefill and decode."""
+    """Print what passes between workers: bootstrap, handshakes of prefill and decode; kv, what caches hold."""
     from pipeline import watch as watching
 
-    _run(watching.watch_bootstrap(nats or config.nats_url()))
+    _run(watching.watch(watching.KV if what == "kv" else watching.BOOTSTRAP, nats or config.nats_url()))
 
 
 @app.command(rich_help_panel=ASK)
