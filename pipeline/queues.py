@@ -16,7 +16,8 @@ ASK_S_MAX: Final = 3.0
 REREAD_S: Final = 10.0
 """The oldest task of a consumer whose floor stands still is looked up again this often: it may have been purged."""
 QUEUED: Final = tuple(kind for kind in names.ALL if kind.any() in (*streams.REQUESTS.subjects, *streams.WORK.subjects))
-"""The subjects of work; a model's that begin alike are one queue: requests, decode or prefill."""
+"""The subjects of work; a model's that begin alike are one queue."""
+QUEUES: Final = tuple(dict.fromkeys(kind.template.split(".")[1] for kind in QUEUED))
 MODELS_MAX: Final = 256
 OTHER: Final = "other"
 """Takes the place of the models beyond `MODELS_MAX`: anyone may publish to a model's subject that is none."""
@@ -61,10 +62,11 @@ class QueueReader:
             return None
 
     async def _read(self, models: Iterable[str]) -> Queues:
-        queues = Queues(storage=await self._storage(), depths=await self._depths())
+        served = tuple(models)
+        queues = Queues(storage=await self._storage(), depths=await self._depths(served))
         for stream in streams.STREAMS:
             queues.streams[stream.name] = await self._bus.stream_state(stream.name)
-        for consumer in streams.all_consumers(models):
+        for consumer in streams.all_consumers(served):
             key = (consumer.stream, consumer.name)
             try:
                 state = await self._bus.consumer_state(*key)
@@ -78,12 +80,12 @@ class QueueReader:
         info = await self._bus.api("INFO")
         return Storage(memory_bytes=info["memory"], file_bytes=info["storage"], api_errors=info["api"]["errors"])
 
-    async def _depths(self) -> dict[tuple[str, str], int]:
+    async def _depths(self, served: Iterable[str]) -> dict[tuple[str, str], int]:
         found: dict[str, int] = {}
         for stream in (streams.REQUESTS, streams.WORK):
             for subject in stream.subjects:
                 found.update(await self._bus.subjects_state(stream.name, subject))
-        return by_queue(found)
+        return by_queue(found, served)
 
     async def _oldest_s(self, consumer: ConsumerSpec, state: ConsumerState) -> float:
         """The age of the oldest task that waits or is in work; 0 where there is none.
@@ -113,10 +115,13 @@ class _Oldest:
     read_s: float  # of the monotonic clock
 
 
-def by_queue(subjects: dict[str, int]) -> dict[tuple[str, str], int]:
-    """Messages by subject as messages by queue and model; the models beyond `MODELS_MAX` together as `OTHER`."""
-    depths: dict[tuple[str, str], int] = {}
-    models: set[str] = set()
+def by_queue(subjects: dict[str, int], served: Iterable[str] = ()) -> dict[tuple[str, str], int]:
+    """Messages by subject as messages by queue and model, 0 for the queues of `served` models that are empty.
+
+    The models beyond `MODELS_MAX` count together as `OTHER`.
+    """
+    models = set(sorted(served)[:MODELS_MAX])
+    depths = dict.fromkeys(((queue, model) for model in sorted(models) for queue in QUEUES), 0)
     for subject, count in sorted(subjects.items()):
         for kind in QUEUED:
             if parts := kind.parse(subject):

@@ -25,7 +25,9 @@ DASHBOARD: Final = Path(__file__).parents[2] / "infra" / "grafana" / "dashboards
 COLUMNS: Final = 24
 INCHES_A_COLUMN: Final = 0.62
 INCHES_A_LINE: Final = 0.36
-LEGEND_LINES_MAX: Final = 8
+TITLE_INCHES: Final = 0.65
+STAT_LINES: Final = 4
+LEGEND_LINES_MAX: Final = 10
 STEP_S: Final = 2
 UNITS: Final = {"s": "s", "percentunit": "share", "bytes": "MiB", "Bps": "MiB/s", "reqps": "1/s", "ops": "1/s"}
 MIB: Final = 1024 * 1024
@@ -76,7 +78,7 @@ def drawn(axes: Any, panel: dict[str, Any], prometheus: Prometheus, telemetry: s
     lines = 0
     last: list[tuple[str, float]] = []
     for target in panel["targets"]:
-        expression = target["expr"].replace("$telemetry", telemetry).replace("$model", ".*")
+        expression = target["expr"].replace("$telemetry", telemetry).replace("$model", ".+")
         for series in prometheus.series(expression):
             points = [(float(at), float(value)) for at, value in series["values"] if value != "NaN"]
             if not points:
@@ -124,21 +126,23 @@ def shown(value: float, unit: str) -> str:
         return f"{value:.3g} s"
     if unit == "percentunit":
         return f"{value:.0%}"
-    return f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def draw_row(title: str, panels: list[dict[str, Any]], prometheus: Prometheus, telemetry: str, out: Path) -> list[str]:
     """Write one row's PNG; the titles of its panels without data."""
     top = min(panel["gridPos"]["y"] for panel in panels)
     height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels) - top
-    figure = plt.figure(figsize=(COLUMNS * INCHES_A_COLUMN, height * INCHES_A_LINE + 0.4))
-    figure.suptitle(f"sglang-nats: {title}", fontsize=11, x=0.01, ha="left")
-    grid = figure.add_gridspec(height, COLUMNS, hspace=3.2, wspace=4.5, left=0.04, right=0.985, top=0.86, bottom=0.06)
+    inches = height * INCHES_A_LINE + TITLE_INCHES
+    figure = plt.figure(figsize=(COLUMNS * INCHES_A_COLUMN, inches))
+    figure.suptitle(f"sglang-nats: {title}", fontsize=11, x=0.01, y=1 - 0.1 / inches, ha="left", va="top")
+    inside = {"left": 0.04, "right": 0.985, "top": 1 - TITLE_INCHES / inches, "bottom": 0.0}
+    grid = figure.add_gridspec(height, COLUMNS, hspace=1.6, wspace=4.5, **inside)
     empty = []
     for panel in panels:
         at = panel["gridPos"]
         y, x = at["y"] - top, at["x"]
-        axes = figure.add_subplot(grid[y : y + at["h"] - 1 if at["h"] > 4 else y + at["h"], x : x + at["w"]])
+        axes = figure.add_subplot(grid[y : y + at["h"] - (1 if at["h"] > STAT_LINES else 0), x : x + at["w"]])
         if not drawn(axes, panel, prometheus, telemetry):
             empty.append(panel["title"])
     name = title.lower().replace(" and ", "-").replace(" ", "-")
