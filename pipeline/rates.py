@@ -188,6 +188,11 @@ class Rates:
             if now_s - window.heard_s > silence_s:
                 del self._windows[key]
 
+    @property
+    def watched_s(self) -> float:
+        """How far back the windows reach."""
+        return max((window.change()[1] for _, window in self._windows.values()), default=0.0)
+
     def speed(self, model: str | None = None) -> Speed:
         """Of one model's workers; None: of all, preprocess workers too."""
         total, per_s = Figures(), [0.0, 0.0]

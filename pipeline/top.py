@@ -73,6 +73,7 @@ class Board:
             models=tuple(models),
             models_left_out=max(0, len(known) - MODELS_MAX),
             workers=tuple(self._presence.workers()),
+            watched_s=self._rates.watched_s,
             errors=self._rates.speed().errors,
             redeliveries=self._rates.speed().redeliveries,
             dead_letters=dead,

@@ -46,7 +46,8 @@ class View:
     models: tuple[ModelRow, ...] = ()
     models_left_out: int = 0
     workers: tuple[WorkerState, ...] = ()
-    errors: Mapping[str, float] = field(default_factory=dict)  # by code, in the last `WINDOW_S`
+    watched_s: float = WINDOW_S  # how far back rates, percentiles and errors reach
+    errors: Mapping[str, float] = field(default_factory=dict)  # by code
     redeliveries: float = 0.0
     dead_letters: int | None = None
     broker_error: str | None = None
@@ -55,7 +56,7 @@ class View:
 def render(view: View, width: int = NARROW_CHARS, height: int | None = None) -> Group:
     """The view for so many columns and, where `height` is given, about so many lines."""
     chars = NAME_CHARS + max(0, width - NARROW_CHARS) // 2
-    parts: list[RenderableType] = [_head(view), Text(), _speeds(view.models, chars), Text()]
+    parts: list[RenderableType] = [_head(view), Text(), _speeds(view, chars), Text()]
     parts.append(_queues(view.models, chars))
     if view.models_left_out:
         parts.append(Text(f"and {view.models_left_out} more models", style="dim"))
@@ -92,10 +93,10 @@ def _cut(name: str, chars: int) -> str:
     return f"{name[: chars - 1 - end]}…{name[-end:]}"
 
 
-def _speeds(models: Iterable[ModelRow], chars: int) -> Table:
+def _speeds(view: View, chars: int) -> Table:
     heads = ("Req/s", "Tok/s", "TTFT ms p50", "p95", "ITL ms p50", "p95", "Hits")
-    table = _table([f"Last {WINDOW_S:.0f} s"], heads)
-    for row in models:
+    table = _table([f"Last {view.watched_s:.0f} s"], heads)
+    for row in view.models:
         speed = row.speed
         table.add_row(
             Text(_cut(row.model, chars), style="cyan"),
@@ -163,7 +164,7 @@ def _troubles(view: View) -> Text:
     if view.broker_error:
         return Text(view.broker_error, style="bold red")
     counts = ", ".join(f"{code} {count:.0f}" for code, count in sorted(view.errors.items())) or "none"
-    line = Text(f"Errors in {WINDOW_S:.0f} s ") + Text(counts, style="red" if view.errors else "green")
+    line = Text(f"Errors in {view.watched_s:.0f} s ") + Text(counts, style="red" if view.errors else "green")
     line += Text("   Came again ") + Text(f"{view.redeliveries:.0f}", style="yellow" if view.redeliveries else "green")
     dead = "-" if view.dead_letters is None else f"{view.dead_letters:,}"
     return line + Text("   Dead letters ") + Text(dead, style="red" if view.dead_letters else "green")
