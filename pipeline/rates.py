@@ -173,9 +173,9 @@ class Rates:
     def add(self, snapshot: MetricsSnapshot, now_s: float) -> None:
         """Take a worker's snapshot in; a new worker beyond `WORKERS_MAX` is left out.
 
-        Other processes' snapshots, an engine's for one, have none of our series and stay outside of its window.
+        Its engine's processes send their own, with none of our series.
         """
-        if not any(family.name.startswith(PREFIX) for family in snapshot.families):
+        if snapshot.process:
             return
         key = (snapshot.role, snapshot.worker)
         if key in self._windows or len(self._windows) < WORKERS_MAX:

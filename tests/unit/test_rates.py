@@ -86,6 +86,6 @@ def test_an_engine_s_own_series_leave_its_worker_s_window_alone():
     rates.add(snapshot(), 0.0)
     metrics.TTFT_SECONDS.observe(0.1)
     family = MetricFamily(name="sglang:num_running_reqs", help="h", type="gauge", samples=())
-    rates.add(MetricsSnapshot(worker="d0", role="decode", model="m", families=(family,)), 1.0)
+    rates.add(MetricsSnapshot(worker="d0", role="decode", model="m", process="s", families=(family,)), 1.0)
     rates.add(snapshot(), 2.0)
     assert rates.speed("m").tokens_per_s == 0.5
