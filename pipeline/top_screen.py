@@ -16,12 +16,21 @@ BAR_CHARS: Final = 4
 NARROW_CHARS: Final = 80
 NAME_CHARS: Final = 14
 """Of a worker's or model's name in a narrow terminal; longer ones are cut in their middle."""
-LINES_AROUND: Final = 12
+LINES_AROUND: Final = 17
 """Lines that are neither a model's nor a worker's."""
 WORKERS_SHOWN_MIN: Final = 3
-STATE_STYLES: Final = {"ready": "green", "starting": "yellow", "draining": "yellow", "silent": "bold red"}
-ORDER: Final = ("silent", "draining", "starting", "ready")
-"""Where there is no room for all workers, those that need a look come first."""
+STATE_STYLES: Final = {
+    "silent": "bold red",
+    "unhealthy": "red",
+    "draining": "yellow",
+    "paused": "yellow",
+    "starting": "yellow",
+    "ready": "green",
+}
+"""Where there is no room for all workers, those that need a look come first: in this order."""
+AS_MEANT: Final = frozenset({"starting", "draining", "paused"})
+"""Codes of `pipeline.health` that are no trouble, and are a worker's state anyway."""
+UNHEALTHY_SHOWN_MAX: Final = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +70,7 @@ def render(view: View, width: int = NARROW_CHARS, height: int | None = None) -> 
     if view.models_left_out:
         parts.append(Text(f"and {view.models_left_out} more models", style="dim"))
     room = None if height is None else max(WORKERS_SHOWN_MIN, height - LINES_AROUND - 2 * max(1, len(view.models)))
-    parts += [Text(), _workers(view.workers, chars, room), Text(), _troubles(view)]
+    parts += [Text(), _workers(view.workers, chars, room), Text(), *_unhealthy(view.workers), _troubles(view)]
     return Group(*parts)
 
 
@@ -122,7 +131,7 @@ def _workers(workers: Sequence[WorkerState], chars: int, room: int | None) -> Gr
     table = _table(("Worker", "Role", "Model", "State"), ("Tasks", "Run", "Wait"), ("KV use",), gap_chars=1)
     shown = list(workers)
     if room is not None and len(shown) > room:
-        shown = sorted(shown, key=lambda state: ORDER.index(_state(state)))[: room - 1]
+        shown = sorted(shown, key=lambda state: list(STATE_STYLES).index(_state(state)))[: room - 1]
     for state in shown:
         table.add_row(*_worker(state, chars))
     left_out = len(workers) - len(shown)
@@ -133,7 +142,14 @@ def _state(state: WorkerState) -> str:
     beat = state.heartbeat
     if state.down or beat is None:
         return "silent"
-    return "draining" if beat.draining else "ready" if beat.ready else "starting"
+    if beat.draining or beat.ready:
+        return "draining" if beat.draining else "ready"
+    return "paused" if beat.paused else "unhealthy" if _wrong(state) else "starting"
+
+
+def _wrong(state: WorkerState) -> list[str]:
+    """Codes of what is wrong with a worker; one that serves all the same may have some."""
+    return [code for code in state.heartbeat.unhealthy if code not in AS_MEANT] if state.heartbeat else []
 
 
 def _worker(state: WorkerState, chars: int) -> tuple[RenderableType, ...]:
@@ -158,6 +174,13 @@ def _bar(share: float) -> Text:
     full = min(BAR_CHARS, round(share * BAR_CHARS))
     style = "red" if share > 0.9 else "yellow" if share > 0.7 else "green"
     return Text("▇" * full, style=style) + Text("▇" * (BAR_CHARS - full), style="dim") + Text(f" {share:4.0%}")
+
+
+def _unhealthy(workers: Sequence[WorkerState]) -> list[Text]:
+    """What is wrong, a line a worker."""
+    told = [Text(f"{state.worker}: {', '.join(_wrong(state))}", style="red") for state in workers if _wrong(state)]
+    more = [Text(f"and {len(told) - UNHEALTHY_SHOWN_MAX} more unhealthy workers", style="red")]
+    return told[:UNHEALTHY_SHOWN_MAX] + (more if len(told) > UNHEALTHY_SHOWN_MAX else [])
 
 
 def _troubles(view: View) -> Text:

@@ -99,8 +99,10 @@ async def test_a_view_has_workers_queues_rates_and_troubles(pipeline, nats_serve
         metrics.TTFT_SECONDS.observe(0.15)
         metrics.ERRORS.labels("engine_failed").inc(2)
         await pipeline.beat("d1", draining=True)
+        await pipeline.beat("d2", unhealthy=("engine_wedged",))
+        await pipeline.beat("d3", paused=True, unhealthy=("paused",))
         view = await until(
-            board, lambda view: view.errors and view.models[0].speed.tokens_per_s and len(view.workers) == 2, pipeline
+            board, lambda view: view.errors and view.models[0].speed.tokens_per_s and len(view.workers) == 4, pipeline
         )
     (model,) = view.models
     assert (model.asked, model.decode_waiting, model.decode_in_work, model.prefill_waiting) == (1, 3, 0, None)
@@ -110,6 +112,10 @@ async def test_a_view_has_workers_queues_rates_and_troubles(pipeline, nats_serve
     found = "\n".join(lines)
     assert re.search(r"d0 +decode +m +ready +2/4 +2 +0 +▇+ +50%", found)
     assert re.search(r"d1 +decode +m +draining", found)
+    assert re.search(r"d2 +decode +m +unhealthy", found)
+    assert re.search(r"d3 +decode +m +paused", found)
+    assert "d2: engine_wedged" in lines
+    assert not any(line.startswith("d3: ") for line in lines)
     assert re.search(r"engine_failed 2 .*Dead letters 1", found)
 
 
