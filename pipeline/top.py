@@ -83,7 +83,7 @@ class Board:
     async def _model(self, model: str, asked: int) -> ModelRow:
         """A model's queues and speed. A consumer that is not there yet has nobody to work for it."""
         waiting: dict[str, int | None] = {"decode": None, "prefill": None}
-        in_work = dict(waiting)
+        in_work, paused_until_unix_s = dict(waiting), None
         for consumer in streams.all_consumers([model]):
             stage = consumer.filter_subject.split(".")[1] if consumer.filter_subject else ""
             if stage not in waiting:
@@ -94,9 +94,11 @@ class Board:
                 continue
             waiting[stage] = (waiting[stage] or 0) + state.pending
             in_work[stage] = (in_work[stage] or 0) + state.ack_pending
+            paused_until_unix_s = paused_until_unix_s or state.paused_until_unix_s
         return ModelRow(
             model=model,
             speed=self._rates.speed(model),
+            paused_until_unix_s=paused_until_unix_s,
             asked=asked,
             decode_waiting=waiting["decode"],
             decode_in_work=in_work["decode"],

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.pause import said
 from pipeline.presence import WorkerState
 from pipeline.rates import WINDOW_S, Speed
 
@@ -39,6 +40,7 @@ class ModelRow:
 
     model: str
     speed: Speed = field(default_factory=Speed)
+    paused_until_unix_s: float | None = None  # an operator paused its queue
     asked: int | None = None  # requests that no preprocess worker has passed on
     decode_waiting: int | None = None
     decode_in_work: int | None = None
@@ -70,7 +72,11 @@ def render(view: View, width: int = NARROW_CHARS, height: int | None = None) -> 
     if view.models_left_out:
         parts.append(Text(f"and {view.models_left_out} more models", style="dim"))
     room = None if height is None else max(WORKERS_SHOWN_MIN, height - LINES_AROUND - 2 * max(1, len(view.models)))
-    parts += [Text(), _workers(view.workers, chars, room), Text(), *_unhealthy(view.workers), _troubles(view)]
+    parts += [Text(), _workers(view.workers, chars, room), Text(), *_unhealthy(view.workers)]
+    parts += [
+        Text(f"{row.model}: {said(until)}", style="yellow") for row in view.models if (until := row.paused_until_unix_s)
+    ]
+    parts.append(_troubles(view))
     return Group(*parts)
 
 

@@ -92,8 +92,9 @@ def text_of(view: View, height: int | None = None) -> list[str]:
     return console.export_text().splitlines()
 
 
-async def test_a_view_has_workers_queues_rates_and_troubles(pipeline, nats_server):
+async def test_a_view_has_workers_queues_rates_and_troubles(pipeline, nats_server, bus):
     await pipeline.ask()
+    await bus.api(f"CONSUMER.PAUSE.WORK.{streams.decode_any(MODEL).name}", {"pause_until": "2100-01-01T00:00:00Z"})
     async with watching(nats_server.url) as board:
         await until(board, lambda view: view.models[0].speed.tokens_per_s is not None, pipeline)
         metrics.TTFT_SECONDS.observe(0.15)
@@ -115,6 +116,7 @@ async def test_a_view_has_workers_queues_rates_and_troubles(pipeline, nats_serve
     assert re.search(r"d2 +decode +m +unhealthy", found)
     assert re.search(r"d3 +decode +m +paused", found)
     assert "d2: engine_wedged" in lines
+    assert "m: paused until it is unpaused" in lines
     assert not any(line.startswith("d3: ") for line in lines)
     assert re.search(r"engine_failed 2 .*Dead letters 1", found)
 
