@@ -87,11 +87,11 @@ def _engine(name: str, about: str, arguments: type[Arguments] = Arguments, *, ti
 
 ALL: Final = (
     Operation(name="ping", about="Say who it is, and what it is doing."),
-    Operation(name="health", about="Say whether it lives and takes work, and every reason against either."),
     Operation(name="drain", about="Take no more work, finish or hand over what runs, and end."),
     Operation(name="pause", about="Take no more work until `resume`; what runs goes on.", alone=True, timeout_s=5.0),
     Operation(name="resume", about="Take work again after `pause`.", alone=True, timeout_s=5.0),
     Operation(name="log_level", about="Change the level of the worker's log.", arguments=LogLevel),
+    Operation(name="health", about="Say whether it lives and takes work, and every reason against either."),
     Operation(name="server_info", about="The engine's settings and capacities.", by="engine", timeout_s=15.0),
     _engine("flush_cache", "Forget every cached prefix.", WithIdleEngine, timeout_s=30.0),
     _engine(
