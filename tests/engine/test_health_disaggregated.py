@@ -32,12 +32,12 @@ class Counts:
 
     def hear(self, received: Received) -> None:
         snapshot = decode(MetricsSnapshot, received.payload)
-        self.by_worker[snapshot.worker] = {
-            sample.labels["outcome"]: sample.value
+        self.by_worker.setdefault(snapshot.worker, {}).update(
+            (sample.labels["outcome"], sample.value)
             for family in snapshot.families
             for sample in family.samples
             if sample.name == "sglang_nats_canaries_total"
-        }
+        )
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
