@@ -172,7 +172,7 @@ def queues_of(role: str, model: str | None) -> tuple[StreamSpec, str] | None:
         case "preprocess":
             return streams.REQUESTS, names.REQUESTS.any()
         case "decode" if named:
-            return streams.WORK, names.DECODE_ANY.of(model=named)
+            return streams.WORK, names.decode_tasks_of(named)
         case "prefill" if named:
             return streams.WORK, names.PREFILL_ANY.of(model=named)
     return None

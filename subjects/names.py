@@ -272,6 +272,11 @@ def decode_tasks(priority: int) -> Subject:
     return DECODE_HIGH if priority > 0 else DECODE_LOW if priority < 0 else DECODE_ANY
 
 
+def decode_tasks_of(model: str) -> str:
+    """All of a model's tokenized requests."""
+    return DECODE_TASKS.replace("decode", f"decode.{token(model)}")
+
+
 def card_key(role: str, model: str | None, worker: str) -> str:
     """A worker's key in the bucket of model cards; a worker that serves every model has the model `_`.
 

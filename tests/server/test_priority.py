@@ -144,6 +144,21 @@ async def test_a_busy_worker_leaves_everything_to_others(queue, connect, nats_se
     assert [delivery.attempt for delivery in heard.items] == [1, 1]
 
 
+async def test_a_paused_one_takes_nothing_of_any_consumer_until_it_goes_on(queue, log):
+    puller = await queue.pull([FIRST, SECOND, THIRD], log.add, credit=5)
+    await until_all_are_listened_to(queue)
+    await puller.pause()
+    await until_nothing_is_asked_for(queue)
+    for name in "xyz":
+        await put(queue, name, 1)
+    puller.add_credit()
+    await queue.flush()
+    assert log.items == []
+    puller.unpause()
+    await log.until(lambda items: len(items) == 3)
+    assert [delivery.attempt for delivery in log.items] == [1, 1, 1]
+
+
 async def test_all_goes_on_after_an_outage(queue, nats_server, log, back):
     puller = await queue.pull([FIRST, SECOND, THIRD], log.add, credit=10)
     await until_all_are_listened_to(queue)
