@@ -59,15 +59,15 @@ class Handshaking(SimulatedEngine):
 
     def __init__(self, bus: Bus, address: SimulatedAddress) -> None:
         super().__init__(SimulatedSettings(ttft_ms=5, disaggregation="prefill"), address)
-        self._tell = bus
+        self._handshake = bus
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         assert request.room is not None
         to, room = Address("d0", "i"), str(request.room.number)
-        await self._tell.publish(to.subject("receipt", room), b"", headers={headers.HANDSHAKE_US: "100"})
+        await self._handshake.publish(to.subject("receipt", room), b"", headers={headers.HANDSHAKE_US: "100"})
         said = {headers.HANDSHAKE_STATUS: "success", headers.HANDSHAKE_BYTES: "4096", headers.HANDSHAKE_PAGES: "4"}
         said[headers.HANDSHAKE_WRITE_US] = "2000"
-        await self._tell.publish(to.subject("status", room), b"", headers=said)
+        await self._handshake.publish(to.subject("status", room), b"", headers=said)
         async for output in super().generate(request):
             yield output
 
