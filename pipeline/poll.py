@@ -102,11 +102,16 @@ class Poll:
     async def _ask(self, batch: int, how: dict[str, Any]) -> None:
         self.asked += batch
         self._heard_s = asyncio.get_running_loop().time()
-        if self._subscription is None:
-            hear = functools.partial(self._hear, self._generation)
-            self._subscription = await self._bus.subscribe(self._bus.new_inbox(), hear)
+        generation, subscription = self._generation, self._subscription
+        if subscription is None:
+            hear = functools.partial(self._hear, generation)
+            subscription = await self._bus.subscribe(self._bus.new_inbox(), hear)
+            if generation != self._generation:  # given up meanwhile: nobody would end this inbox
+                await subscription.unsubscribe()
+                return
+            self._subscription = subscription
         request = msgspec.json.encode({"batch": batch, **how})
-        await self._bus.publish(self._subject, request, reply=self._subscription.subject)
+        await self._bus.publish(self._subject, request, reply=subscription.subject)
 
     def _hear(self, generation: int, received: Received) -> None:
         self._heard_s = asyncio.get_running_loop().time()
