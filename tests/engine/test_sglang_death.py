@@ -1,9 +1,11 @@
 """An engine that cannot start says why; one that dies fails what it had; nothing is left behind."""
 
 import asyncio
+import logging
 import os
 import signal
 from contextlib import aclosing
+from pathlib import Path
 
 import psutil
 import pytest
@@ -11,7 +13,7 @@ from tokenizers import Tokenizer
 
 from pipeline.config import BUILTIN_MODEL
 from pipeline.engine.protocol import EngineRequest
-from pipeline.engine.sglang import launch
+from pipeline.engine.sglang import launch, processes
 from pipeline.engine.sglang.engine import SglangEngine
 from pipeline.errors import EngineDied, EngineStartError
 from subjects.codec import TokenIds
@@ -24,6 +26,14 @@ DEATH_S_MAX = 5.0  # SGLang's watchdog looks every second
 def long_request(tokenizer: Tokenizer) -> EngineRequest:
     prompt = TokenIds.of(tokenizer.encode("Once upon a time").ids)
     return EngineRequest(rid="long", token_ids=prompt, stop=StopConditions(max_tokens=2000, ignore_eos=True))
+
+
+def test_last_words_are_kept_while_the_engine_starts_and_break_nothing_later(tmp_path: Path):
+    """An error in SGLang's own report of a death would keep the death from the worker."""
+    record = logging.makeLogRecord({"msg": "Scheduler hit an exception\nValueError: no"})
+    processes._LastWords(tmp_path / "words").emit(record)
+    assert (tmp_path / "words").read_text() == "ValueError: no"
+    processes._LastWords(tmp_path / "gone" / "words").emit(record)
 
 
 async def test_a_killed_scheduler_fails_what_runs_and_what_comes(tokenizer: Tokenizer):

@@ -12,9 +12,10 @@ imports all of SGLang before it loads them. So there are two hooks:
 Where there is an accelerator, neither changes anything.
 """
 
+import functools
 import os
 import sys
-from typing import Final
+from typing import Any, Final
 
 _THREADS: Final = str(max(1, len(os.sched_getaffinity(0)) // 2))  # half the cores: there may be a second engine
 ENVIRONMENT: Final = {
@@ -73,6 +74,20 @@ def prepare() -> None:
     torchvision_cpu.declare_operators()
     if "sgl_kernel" not in sys.modules:
         sys.modules.update(cpu_kernels.modules())
+    _complete_torch_cpu()
+
+
+def _complete_torch_cpu() -> None:
+    """Two functions that every accelerator's module has and `torch.cpu` has not: the expert recorder calls them."""
+    import torch
+
+    for name, answer in (("is_current_stream_capturing", False), ("empty_cache", None)):
+        if name not in vars(torch.cpu):
+            setattr(torch.cpu, name, functools.partial(_same, answer))
+
+
+def _same(answer: Any) -> Any:
+    return answer
 
 
 def patch() -> None:

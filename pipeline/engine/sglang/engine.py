@@ -5,7 +5,7 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from pipeline.engine.sglang import launch, outputs, requests, series, vitals
 from pipeline.engine.sglang.handshake import HandshakeSettings
 from pipeline.engine.sglang.kv_events import KvEventsSettings
 from pipeline.engine.sglang.operations import Operations
-from pipeline.errors import EngineDied, EngineFailed, EngineSuspended, InvalidRequest, PipelineError
+from pipeline.errors import EngineDied, EngineFailed, EngineStartError, EngineSuspended, InvalidRequest, PipelineError
 from pipeline.models import prepare_model
 from pipeline.operations import Arguments
 from subjects.codec import TokenIds
@@ -122,6 +122,7 @@ class SglangEngine:
         """Prefill one prompt: SGLang's kernels compile and its pools are touched at the first.
 
         A decode engine alone has nothing to prefill, and a prefill engine hands the KV to nobody (SGLang's fake peer).
+        Raises EngineDied, and EngineStartError where it takes too long.
         """
         from sglang.srt.managers.io_struct import GenerateReqInput
 
@@ -134,9 +135,18 @@ class SglangEngine:
             bootstrap_host=requests.FAKE_BOOTSTRAP_HOST if mode else None,
             bootstrap_room=0 if mode else None,
         )
-        async with asyncio.timeout(WARM_UP_S_MAX):
+
+        async def prefill() -> None:
             async for _ in self._manager.generate_request(given, None):
                 pass
+
+        try:
+            async with asyncio.timeout(WARM_UP_S_MAX):
+                await self._unless_dead(prefill(), "its warm-up")
+        except TimeoutError:
+            raise EngineStartError(
+                f"SGLang has not prefilled {WARM_UP_TOKENS} tokens within {WARM_UP_S_MAX:g} s", limit=WARM_UP_S_MAX
+            ) from None
 
     def canary(self, dp_rank: int) -> EngineRequest:
         """See `Engine.canary`. With disaggregation its KV comes from, or goes to, SGLang's fake peer.
@@ -186,13 +196,20 @@ class SglangEngine:
     async def control(self, operation: str, arguments: Arguments) -> dict[str, Any]:
         """See `Engine.control`."""
         self._refuse_if_dead()
-        assert self._operations is not None and self._death is not None
-        running = asyncio.create_task(self._operations.run(operation, arguments), name=operation)
-        await asyncio.wait({running, self._death}, return_when=asyncio.FIRST_COMPLETED)
-        if not running.done():
+        assert self._operations is not None
+        return await self._unless_dead(self._operations.run(operation, arguments), operation)
+
+    async def _unless_dead(self, work: Coroutine[Any, Any, Any], doing: str) -> Any:
+        """The work's result. Raises EngineDied where the engine dies first: SGLang would wait for ever."""
+        assert self._death is not None
+        running = asyncio.create_task(work, name=doing)
+        try:
+            await asyncio.wait({running, self._death}, return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                raise EngineDied(f"the engine died in {doing}: {self._death.result()}")
+            return running.result()
+        finally:
             running.cancel()
-            raise EngineDied(f"the engine died in {operation}: {self._death.result()}")
-        return running.result()
 
     async def died(self) -> str:
         """Wait until nothing can be generated any more, be it for a crash or for `close`; the reason."""

@@ -8,6 +8,7 @@ import inspect
 import logging
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,10 @@ def run_data_parallel_controller(*args: Any, **kwargs: Any) -> Any:
 
 
 class _LastWords(logging.Handler):
-    """Writes the last line of each error to a file: SGLang logs the reason of a death and nothing else."""
+    """Writes the last line of each error to a file: SGLang logs the reason of a death and nothing else.
+
+    The file's folder is there while the engine starts. An error here would keep SGLang from telling of the death.
+    """
 
     def __init__(self, file: Path) -> None:
         super().__init__(logging.ERROR)
@@ -56,8 +60,9 @@ class _LastWords(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         lines = record.getMessage().strip().splitlines()
-        if lines:
-            self._file.write_text(lines[-1])
+        if lines and self._file.parent.is_dir():
+            with suppress(OSError):
+                self._file.write_text(lines[-1])
 
 
 def _keep_last_words(logger: str, file: Path) -> None:
