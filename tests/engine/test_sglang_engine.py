@@ -116,7 +116,7 @@ async def test_together_is_as_alone_and_a_resumed_request_goes_on(sglang: Starte
 
 
 async def test_a_second_run_finds_its_prompt_in_the_cache(sglang: StartedEngine):
-    prompt = sglang.tokens("A prompt that nobody sent before, long enough to be worth keeping: " * 4)
+    prompt = sglang.tokens("Quixotic zephyrs: no other test begins so, and it is long enough to be worth keeping. " * 4)
     assert (await sglang.run(request(prompt, 2)))[-1].cached_tokens == 0
     assert (await sglang.run(request(prompt, 2)))[-1].cached_tokens == len(prompt) - 1
 
