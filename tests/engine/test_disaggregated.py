@@ -97,8 +97,8 @@ async def test_no_port_is_open_but_the_metrics(two_prefill: Disaggregated) -> No
     assert open_ports.pop("telemetry-0") == metrics
     assert not any(open_ports.values()), open_ports
     broker = int(two_prefill.local.url.rpartition(":")[2])
-    (server,) = [process for process in psutil.Process().children() if "nats-server" in process.name()]
-    assert listening(iter([server])) == [broker], "the look itself sees ports"
+    brokers = [process for process in psutil.Process().children() if "nats-server" in process.name()]
+    assert broker in listening(iter(brokers)), "the look itself sees ports"
 
 
 async def test_the_handshake_can_be_read_on_the_bus(
@@ -117,12 +117,13 @@ async def test_the_handshake_can_be_read_on_the_bus(
     assert written[0].sender.startswith("prefill-") and written[0].microseconds > 0
 
 
-async def test_prefill_tells_of_its_blocks_and_decode_has_none(pair: Disaggregated) -> None:
+async def test_prefill_tells_of_its_blocks_and_decode_has_none(two_prefill: Disaggregated) -> None:
     prompt = prompts([40])[0]
-    await pair.ask(prompt, MAX_TOKENS)
-    assert set(block_hashes(TokenIds.of(prompt), 1)) <= hashes_of(await snapshot(pair.bus, "prefill-0"))
+    await two_prefill.ask(prompt, MAX_TOKENS)
+    held = [hashes_of(await snapshot(two_prefill.bus, child.name)) for child in two_prefill.children("prefill")]
+    assert any(set(block_hashes(TokenIds.of(prompt), 1)) <= hashes for hashes in held)
     with pytest.raises(NoResponders):
-        await pair.bus.request(names.KV_SNAPSHOT.of(worker="decode-0", rank="0"))
+        await two_prefill.bus.request(names.KV_SNAPSHOT.of(worker="decode-0", rank="0"))
 
 
 class Moments:

@@ -79,6 +79,7 @@ class SglangEngine:
         self._inlet.listen()
         self._launched = loop.run_in_executor(self._thread, self._launch)
         self._manager = (await asyncio.shield(self._launched)).tokenizer_manager
+        self._inlet.adopt()
         self._read_outputs(loop)
         async with asyncio.timeout(INFO_S_MAX):
             (state, *_) = await self._manager.get_internal_state()

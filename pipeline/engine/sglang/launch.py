@@ -42,7 +42,7 @@ def launch(
     if (handshake := from_environment()) is not None:
         install(handshake)
     series.keep_in_memory()
-    series.forget_earlier()
+    series.take_out()  # of an earlier engine here that did not start
     arguments = server_args.resolve(model_path, given)
     if events is not None and kv_events.wanted(
         events, arguments.get("page_size") or 1, cpu_platform.accelerator_present()

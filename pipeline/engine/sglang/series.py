@@ -14,7 +14,7 @@ import time
 from typing import Final
 
 import msgspec
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, CollectorRegistry
 
 from pipeline import metrics
 from subjects.codec import decode, encode
@@ -46,16 +46,19 @@ def keep_in_memory() -> None:
     engine.set_prometheus_multiproc_dir = lambda: None
 
 
-def forget_earlier() -> None:
-    """Take the series of an earlier engine in this process out of the registry, which takes no name twice."""
-    ours = {collector for name, collector in REGISTRY._names_to_collectors.items() if name.startswith(PREFIX)}
-    for collector in ours:
+def take_out() -> CollectorRegistry:
+    """Take SGLang's series out of this process's registry, which takes no name twice, into one of their own."""
+    taken = CollectorRegistry()
+    theirs = {collector for name, collector in REGISTRY._names_to_collectors.items() if name.startswith(PREFIX)}
+    for collector in theirs:
         REGISTRY.unregister(collector)
+        taken.register(collector)
+    return taken
 
 
-def counted() -> tuple[MetricFamily, ...]:
+def counted(registry: CollectorRegistry = REGISTRY) -> tuple[MetricFamily, ...]:
     """What SGLang, and our handshake inside it, have counted in this process; families without a figure left out."""
-    theirs = [family for family in metrics.snapshot(REGISTRY) if family.name.startswith(PREFIX) and family.samples]
+    theirs = [family for family in metrics.snapshot(registry) if family.name.startswith(PREFIX) and family.samples]
     ours = [family for family in metrics.snapshot(metrics.ENGINE) if any(sample.value for sample in family.samples)]
     return metrics.bounded(ours + theirs)
 
@@ -86,12 +89,17 @@ class Inlet:
         self._inlet.setblocking(False)
         self.outlet.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, DATAGRAM_BYTES_MAX)
         self._heard: dict[str, tuple[_Figures, float]] = {}  # by process; when, on the monotonic clock
+        self._own = CollectorRegistry()  # what the engine's part in this process counts
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def listen(self) -> None:
         """Begin to take in what is sent, on the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._inlet, self._hear)
+
+    def adopt(self) -> None:
+        """The engine has started: the series that it has registered in this process are its own."""
+        self._own = take_out()
 
     def current(self) -> dict[str, tuple[MetricFamily, ...]]:
         """The families of each process that is still heard of, and of this one."""
@@ -101,7 +109,7 @@ class Inlet:
             for process, (figures, heard_s) in self._heard.items()
             if now_s - heard_s < SILENT_S_MAX
         }
-        return fresh | {"tokenizer": counted()}
+        return fresh | {"tokenizer": counted(self._own)}
 
     def close(self) -> None:
         if self._loop is not None:
