@@ -55,10 +55,10 @@ from pipeline.jetstream import (
     StreamState,
     answer_of,
 )
-from pipeline.puller import Puller
+from pipeline.puller import Others, Puller
 from subjects import headers as header_names
 from subjects import limits, names
-from subjects.streams import BucketSpec, ConsumerSpec, StreamSpec
+from subjects.streams import OWNER_PRIORITY, BucketSpec, ConsumerSpec, StreamSpec
 
 __all__ = [
     "Bucket",
@@ -672,13 +672,13 @@ class Bus:
         on_delivery: Callable[[Delivery], None],
         *,
         credit: int,
-        group: str | None = None,
-        priority: int | None = None,
+        priority: int = OWNER_PRIORITY,
+        others: Others | None = None,
     ) -> Puller:
         """Begin to take the consumers' messages, the first one's before the next one's, never more than `credit` and
-        what `add_credit` gives back."""
+        what `add_credit` gives back. `others` are helped out where that leaves slots free."""
         several = (consumers,) if isinstance(consumers, ConsumerSpec) else tuple(consumers)
-        puller = Puller(self, several, on_delivery, credit=credit, group=group, priority=priority)
+        puller = Puller(self, several, on_delivery, credit=credit, priority=priority, others=others)
         self.remember(puller)
         await puller.start()
         return puller
@@ -827,6 +827,15 @@ class Bus:
             paused_until_unix_s=paused_until,
             ack_floor=info["ack_floor"]["stream_seq"],
         )
+
+    async def consumer_names(self, stream: str) -> list[str]:
+        """The names of a stream's consumers. Raises BrokerRefused where there is no such stream."""
+        found: list[str] = []
+        while True:
+            page = await self.api(f"CONSUMER.NAMES.{stream}", {"offset": len(found)})
+            found += page["consumers"] or ()
+            if not page["consumers"] or len(found) >= page["total"]:
+                return found
 
     async def subjects_state(self, name: str, filter_subject: str) -> dict[str, int]:
         """How many messages a stream has on each subject that matches."""

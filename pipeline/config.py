@@ -60,7 +60,7 @@ class SimulatedSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 class RoutingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How workers are ranked for a prompt (docs/adr/0005). Costs are counted in prompt tokens to compute."""
 
-    policy: Literal["kv", "least_loaded", "random", "round_robin"] = "kv"
+    policy: Literal["any", "kv", "least_loaded", "random", "round_robin"] = "kv"  # any: whichever worker takes it
     load_weight: Weight = 1.0  # a token that others wait for, against one of this prompt's own
     running_tokens: Annotated[float, msgspec.Meta(ge=0, le=1_000_000)] = 64.0  # what a running request counts for
     host_share: Share = 0.2  # what a token costs that comes back from host memory, against computing it

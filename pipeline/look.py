@@ -16,6 +16,7 @@ from pipeline.bus import Bus
 from pipeline.client import Client
 from pipeline.errors import BrokerRefused, ConfigError
 from pipeline.pause import paused_until, said
+from pipeline.peers import addressed
 from pipeline.presence import Presence, WorkerState
 from pipeline.screen import Answer, err, out, table
 from pipeline.tracing import TraceContext
@@ -181,7 +182,8 @@ async def show_streams(url: str) -> None:
     """Print a table of the streams and one of their consumers."""
     async with _looking(url) as (bus, presence):
         rows = [await _stream_row(bus, spec) for spec in streams.STREAMS]
-        readers = [await _consumer_row(bus, spec) for spec in streams.all_consumers(presence.models())]
+        specs = [*streams.all_consumers(presence.models()), *await addressed(bus)]
+        readers = [await _consumer_row(bus, spec) for spec in specs]
     out.print(table("Streams", ("Stream", "Messages", "Bytes", "Consumers", "Holds"), rows))
     out.print()
     heads = ("Consumer", "Stream", "Waiting", "In work", "Came again", "Open pulls", "State")

@@ -34,6 +34,12 @@ OLDEST_TASK_SECONDS: Final = Gauge(
     namespace=PREFIX,
     registry=REGISTRY,
 )
+TAKEN_OVER: Final = Counter(
+    "taken_over",
+    "Tasks addressed to another decode worker that this one, idle, took: that one had no free slot, or is not there.",
+    namespace=PREFIX,
+    registry=REGISTRY,
+)
 REDELIVERIES: Final = Counter(
     "redeliveries",
     "Tasks that came again: their first worker died, froze, drained or gave them back.",

@@ -10,6 +10,7 @@ from typing import Final
 
 from pipeline.bus import Bus, ConsumerState
 from pipeline.errors import BrokerRefused, ConfigError, NoResponders
+from pipeline.peers import addressed
 from pipeline.presence import Presence
 from pipeline.screen import err
 from subjects import names, streams
@@ -38,8 +39,10 @@ async def pause(url: str, model: str, span: timedelta | None) -> int:
         await _check_known(bus, model)
         for consumer in streams.decode_consumers(model):
             await bus.ensure_consumer(consumer)
+        consumers = await _consumers(bus, model)
+        for consumer in consumers:
             await _pause(bus, consumer, until)
-        states = [await _state(bus, consumer) for consumer in streams.decode_consumers(model)]
+        states = [await _state(bus, consumer) for consumer in consumers]
     finally:
         await bus.close()
     waiting = sum(state.pending for state in states)
@@ -56,11 +59,23 @@ async def unpause(url: str, model: str) -> int:
         was_until_unix_s = await paused_until(bus, model)
         for consumer in streams.decode_consumers(model):
             await bus.ensure_consumer(consumer)
+        for consumer in await _consumers(bus, model):
             await _pause(bus, consumer, None)
     finally:
         await bus.close()
     err.print(f"{model} goes on" if was_until_unix_s else f"{model} was not paused", markup=False)
     return 0
+
+
+async def keep_paused(bus: Bus, model: str, worker: str) -> None:
+    """Where a model is paused, a worker that comes meanwhile is paused with it; where it is not, it goes on.
+
+    Raises ConfigError, BusUnavailable, BrokerRefused.
+    """
+    shared, own = streams.decode_any(model), streams.decode_worker(model, worker)
+    until_unix_s = (await _state(bus, shared)).paused_until_unix_s
+    if until_unix_s != (await _state(bus, own)).paused_until_unix_s:
+        await _pause(bus, own, datetime.fromtimestamp(until_unix_s, UTC) if until_unix_s else None)
 
 
 async def paused_until(bus: Bus, model: str) -> float | None:
@@ -94,6 +109,11 @@ async def _check_known(bus: Bus, model: str) -> None:
         if names.token(model) not in models:
             known = f"there are {', '.join(models)}" if models else "no worker has registered one yet"
             raise ConfigError(f"there is no model {model!r}: {known}", field="model") from None
+
+
+async def _consumers(bus: Bus, model: str) -> list[ConsumerSpec]:
+    """All that there are of a model's decode workers, shared and their own."""
+    return [*streams.decode_consumers(model), *await addressed(bus, [model])]
 
 
 async def _state(bus: Bus, consumer: ConsumerSpec) -> ConsumerState:

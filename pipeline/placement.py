@@ -11,14 +11,17 @@ from functools import partial
 from typing import Final
 
 import msgspec
+import structlog
 
 from pipeline.block_hashes import PromptHasher
 from pipeline.bus import Bus
 from pipeline.config import RoutingSettings
+from pipeline.errors import BusUnavailable
 from pipeline.kv_feed import KvIndexFeed
 from pipeline.prefix_index import Overlap, PrefixIndex, RankId
 from pipeline.presence import Presence, WorkerState
 from pipeline.routing import Candidate, Ranking, RankLoad, Router, Score
+from subjects import names
 from subjects.codec import TokenIds
 from subjects.messages import Role
 
@@ -29,6 +32,8 @@ SEEN_AFTER_S: Final = 0.25
 PLACED_MAX: Final = 4_096
 """Prompts of one rank that are remembered as placed."""
 _NOTHING: Final = Overlap()
+
+log = structlog.get_logger()
 
 
 class _Known(msgspec.Struct):
@@ -57,6 +62,22 @@ class Placement:
         self._presence, self._router, self._hasher, self._index = presence, router, hasher, index
         self._known: dict[RankId, _Known] = {}
         self._looked_s = 0.0
+        self._aggregated = True  # every worker; otherwise no prefix is cached where the request is decoded
+
+    def choose(self, token_ids: TokenIds, session: str | None = None) -> str | None:
+        """The worker to address a prompt to, which then counts as placed there; None where any will do as well.
+
+        That is where there is one worker or none, and where all cost the same.
+        """
+        ranking = self.rank(token_ids, session)
+        costs = {score.cost for score in ranking.scores}
+        if len({score.rank.worker for score in ranking.scores}) < 2 or (ranking.by_cost and len(costs) < 2):
+            return None
+        if ranking.policy == "kv" and not self._aggregated:
+            return None
+        assert ranking.best is not None
+        self.placed(ranking.best)
+        return ranking.best.rank.worker
 
     def rank(self, token_ids: TokenIds, session: str | None = None) -> Ranking:
         """The workers that take work now, the best for this prompt first; none, where there is none."""
@@ -78,10 +99,11 @@ class Placement:
     def _look(self) -> None:
         """Read who takes work and how loaded they are, and forget what their figures now contain."""
         now_s = self._looked_s = time.monotonic()
-        before, self._known = self._known, {}
+        before, self._known, self._aggregated = self._known, {}, True
         for state in self._presence.workers(self.role, self.model):
             if not state.ready or not state.registered:
                 continue
+            self._aggregated &= state.card is not None and state.card.disaggregation == "aggregated"
             load, heard_s = _load_of_a_rank(state), now_s - state.age_s
             for dp_rank in range(state.card.dp_size if state.card else 0):
                 rank = RankId(state.worker, dp_rank)
@@ -123,10 +145,23 @@ class Placements:
 
     async def of(self, model: str) -> Placement:
         """A model's placement. The first time it subscribes to the model's KV events: raises BusUnavailable."""
+        if placement := self._placements.get(model):
+            return placement
         async with self._starting:
             if model not in self._placements:
                 self._placements[model] = await self._start(model)
         return self._placements[model]
+
+    async def choose(self, model: str, token_ids: TokenIds, session: str | None = None) -> str | None:
+        """The worker to address a prompt to; None where any will do, or no worker's blocks can be heard of now."""
+        if self._settings.policy == "any":
+            return None
+        try:
+            placement = await self.of(names.token(model))
+        except BusUnavailable as error:
+            log.warning("kv_events_unheard", model=model, code=error.code, reason=str(error))
+            return None
+        return placement.choose(token_ids, session)
 
     async def _start(self, model: str) -> Placement:
         feed = None

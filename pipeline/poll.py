@@ -14,18 +14,30 @@ import structlog
 from pipeline.errors import BusUnavailable
 from pipeline.jetstream import DESCRIPTION, NS, PENDING_MESSAGES, STATUS, Delivery, Received, delivery_of, is_delivery
 from subjects import names
-from subjects.streams import ConsumerSpec
+from subjects.limits import LEASE_S
+from subjects.streams import OWNER_PRIORITY, ConsumerSpec
 
 if TYPE_CHECKING:
     from pipeline.bus import Bus, Subscription
 
-EXPIRES_S: Final = 30.0
+EXPIRES_S: Final = 0.8 * LEASE_S
+"""What a frozen worker has asked for lapses before the lease of what it got: that is not handed to it again."""
 IDLE_HEARTBEAT_S: Final = 1.0
 SILENCE_S_MAX: Final = 3 * IDLE_HEARTBEAT_S
 TAKE_S_MAX: Final = 2.0
 """The broker answers within it what is there to take."""
 
 log = structlog.get_logger()
+
+
+def pull_subject(consumer: ConsumerSpec) -> str:
+    """Where pull requests for a consumer go."""
+    return f"{names.JS_API}.CONSUMER.MSG.NEXT.{consumer.stream}.{consumer.name}"
+
+
+def by_priority(consumer: ConsumerSpec, priority: int) -> dict[str, Any]:
+    """The fields of a pull request that say whose turn it is; none where the consumer has no priority group."""
+    return {"group": consumer.priority_group, "priority": priority} if consumer.priority_group else {}
 
 
 class Poll:
@@ -38,21 +50,16 @@ class Poll:
         on_delivery: Callable[["Poll", Delivery], None],
         on_status: Callable[[bool], None],
         *,
-        group: str | None,
-        priority: int | None,
+        priority: int = OWNER_PRIORITY,
     ) -> None:
-        """`on_status` hears of every word of the broker beside deliveries; True: it ended the requests for a reason
-        of its own."""
+        """`priority` counts where the consumer has a priority group. `on_status` hears of every word of the broker
+        beside deliveries; True: it ended the requests for a reason of its own."""
         self.consumer, self.asked = consumer, 0
         self._bus, self._on_delivery, self._on_status = bus, on_delivery, on_status
-        self._subject = f"{names.JS_API}.CONSUMER.MSG.NEXT.{consumer.stream}.{consumer.name}"
-        self._whose: dict[str, Any] = {}
-        if group is not None:
-            self._whose["group"] = group
-        if priority is not None:
-            self._whose["priority"] = priority
-        self._long = {"expires": int(EXPIRES_S * NS), "idle_heartbeat": int(IDLE_HEARTBEAT_S * NS)} | self._whose
-        self._short = {"no_wait": True} | self._whose
+        self._subject = pull_subject(consumer)
+        whose = by_priority(consumer, priority)
+        self._long = {"expires": int(EXPIRES_S * NS), "idle_heartbeat": int(IDLE_HEARTBEAT_S * NS)} | whose
+        self._short = {"no_wait": True} | whose
         self._subscription: Subscription | None = None
         self._generation = 0
         self._taken: asyncio.Future[bool] | None = None

@@ -4,21 +4,22 @@ With several consumers it is in one of two states:
 
 - It listens: something of every consumer is asked for, since nothing waits at any of them. The one that was busy last
   is asked for nearly all the free slots, the others for one message each. A burst over several consumers can then bring
-  one task more than there are slots for each consumer but one; those go back to the broker at once.
+  one task more than there are slots for each consumer but one; those go back to the broker at once. Others, whose
+  consumers are not its own, may be helped meanwhile.
 - It looks: after a time without a free slot, or when a consumer turns out to have more than was asked for, it asks one
   consumer after another for what waits there, until the slots are full or nothing is left.
 """
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 
 from pipeline.errors import PipelineError
 from pipeline.jetstream import Delivery
 from pipeline.poll import IDLE_HEARTBEAT_S, Poll
-from subjects.streams import ConsumerSpec
+from subjects.streams import OWNER_PRIORITY, PEER_PRIORITY, ConsumerSpec
 
 if TYPE_CHECKING:
     from pipeline.bus import Bus
@@ -27,6 +28,33 @@ RETRY_S_MIN: Final = 0.05
 RETRY_S_MAX: Final = 1.0
 
 log = structlog.get_logger()
+
+
+class Others(Protocol):
+    """Consumers of others, which are helped out where one's own leave slots free."""
+
+    @property
+    def aided(self) -> Sequence[ConsumerSpec]:
+        """Those to look at when slots come free, before one's own of the same kind."""
+        ...
+
+    def start(self, on_delivery: Callable[[Delivery], None]) -> None: ...
+
+    def set_idle(self, idle: bool) -> None:
+        """Whether slots are free and nothing of one's own waits. Only meanwhile anything is handed over."""
+        ...
+
+    def resume(self) -> None:
+        """The connection is new."""
+        ...
+
+    async def withdraw(self) -> None:
+        """As `set_idle(False)`; when it returns, nothing is under way any more."""
+        ...
+
+    async def stop(self) -> None:
+        """As `withdraw`, for ever."""
+        ...
 
 
 class Puller:
@@ -39,16 +67,18 @@ class Puller:
         on_delivery: Callable[[Delivery], None],
         *,
         credit: int,
-        group: str | None = None,
-        priority: int | None = None,
+        priority: int = OWNER_PRIORITY,
+        others: Others | None = None,
     ) -> None:
-        """`group` and `priority` are those of the pull requests, where the consumers have priority groups."""
-        self._bus, self._on_delivery, self._credit = bus, on_delivery, credit
+        """`priority` is that of the pull requests, where a consumer has a priority group."""
+        self._bus, self._on_delivery, self._credit, self._others = bus, on_delivery, credit, others
         self._polls = tuple(
-            Poll(bus, consumer, self._take, self._hear_status, group=group, priority=priority) for consumer in consumers
+            Poll(bus, consumer, self._take, self._hear_status, priority=priority) for consumer in consumers
         )
         self._name = ",".join(consumer.name for consumer in consumers)
-        self._busiest = self._polls[0]
+        owned = (poll for poll in self._polls if poll.consumer.priority_group)
+        self._owned = next(owned, self._polls[0])  # what it leaves, others take: it is asked for most
+        self._busiest = self._owned
         self._listens = len(self._polls) == 1
         self._started = self._renew_due = False
         self._retry_s = RETRY_S_MIN
@@ -65,6 +95,8 @@ class Puller:
         """Make the consumers if need be and ask for the first messages; none is handed over before it returns."""
         await self._renew()
         self._task = asyncio.create_task(self._run(), name=f"pull.{self._name}")
+        if self._others is not None:
+            self._others.start(lambda delivery: self._take(None, delivery))
         if self._listens:
             await self._top_up()
         else:
@@ -82,6 +114,8 @@ class Puller:
         self._retry_s = RETRY_S_MIN
         for poll in self._polls:
             poll.break_off()
+        if self._others is not None:
+            self._others.resume()
         self._wake.set()
 
     async def pause(self) -> None:
@@ -89,7 +123,8 @@ class Puller:
         self._paused = True
         for poll in self._polls:
             poll.break_off()
-        await asyncio.gather(*(poll.withdraw() for poll in self._polls))
+        withdrawn = [poll.withdraw() for poll in self._polls]
+        await asyncio.gather(*withdrawn, *([self._others.withdraw()] if self._others is not None else []))
 
     def unpause(self) -> None:
         """Ask again."""
@@ -104,7 +139,8 @@ class Puller:
         self._bus.forget(self)
         if self._task:
             self._task.cancel()
-        await asyncio.gather(*(poll.withdraw() for poll in self._polls))
+        withdrawn = [poll.withdraw() for poll in self._polls]
+        await asyncio.gather(*withdrawn, *([self._others.stop()] if self._others is not None else []))
 
     async def _run(self) -> None:
         while True:
@@ -120,6 +156,7 @@ class Puller:
                 if self._renew_due:
                     await self._renew()
                 await self._top_up()
+                self._tell_others()
             except PipelineError as error:
                 log.warning("pull_failed", consumer=self._name, code=error.code, reason=str(error))
                 self._renew_due = True
@@ -157,9 +194,25 @@ class Puller:
 
     async def _look(self) -> None:
         """Take what waits now, of the first consumer before of the next; from the first again when slots came free."""
-        at = 0
-        while at < len(self._polls) and self._credit > 0 and self._asks():
-            at = 0 if await self._polls[at].take(self._credit) else at + 1
+        at, polls = 0, self._polls if self._others is None else self._with_aided(self._others.aided)
+        try:
+            while at < len(polls) and self._credit > 0 and self._asks():
+                at = 0 if await polls[at].take(self._credit) else at + 1
+        finally:
+            for poll in set(polls) - set(self._polls):
+                poll.give_up()
+
+    def _with_aided(self, consumers: Sequence[ConsumerSpec]) -> tuple[Poll, ...]:
+        """One's own polls, and before the one that has an owner those of others whose owner takes nothing."""
+        aided = (
+            Poll(self._bus, consumer, self._take, lambda _: None, priority=PEER_PRIORITY) for consumer in consumers
+        )
+        at = self._polls.index(self._owned)
+        return (*self._polls[:at], *aided, *self._polls[at:])
+
+    def _tell_others(self) -> None:
+        if self._others is not None:
+            self._others.set_idle(self._listens and self._credit > 0 and self._asks())
 
     def _asks(self) -> bool:
         """Whether anything may be asked for now."""
@@ -183,19 +236,22 @@ class Puller:
         asked = sum(poll.asked + self._short_by(poll) for poll in self._polls)
         return self._listens and asked > self._credit + len(self._polls) - 1
 
-    def _take(self, poll: Poll, delivery: Delivery) -> None:
+    def _take(self, poll: Poll | None, delivery: Delivery) -> None:
+        """`poll`: one's own or an aided one; None where the others' own requests brought it."""
         if self._stopped or self._paused or self._credit <= 0:
             self._bus.spawn(self._bus.nak(delivery))
             return
         self._retry_s = RETRY_S_MIN
         self._credit -= 1
         self._listens &= self._credit > 0 or len(self._polls) == 1
-        if delivery.pending and poll.asked <= 0:
+        if poll in self._polls and delivery.pending and poll.asked <= 0:
             self._busiest = poll
+        if self._credit <= 0 and self._others is not None:
+            self._others.set_idle(False)
         try:
             self._on_delivery(delivery)
         except Exception:  # the outermost guard of a callback: the message goes to another attempt
-            log.exception("delivery_refused", consumer=poll.consumer.name, stream_seq=delivery.stream_seq)
+            log.exception("delivery_refused", subject=delivery.subject, stream_seq=delivery.stream_seq)
             self._credit += 1
             self._bus.spawn(self._bus.nak(delivery, delay_s=RETRY_S_MAX))
         if self._due():

@@ -69,6 +69,11 @@ class Ranking(msgspec.Struct, frozen=True):
     kept_session: bool = False  # the first was chosen for the session among those that cost little more
 
     @property
+    def by_cost(self) -> bool:
+        """Whether the policy compares costs."""
+        return self.policy in ("kv", "least_loaded")
+
+    @property
     def best(self) -> Score | None:
         """None where nobody can take the prompt."""
         return self.scores[0] if self.scores else None

@@ -29,7 +29,7 @@ import msgspec
 import structlog
 
 from pipeline import metrics, tracing
-from pipeline.bus import Bus, Delivery, Puller, Received
+from pipeline.bus import Bus, Delivery, Others, Puller, Received
 from pipeline.cancel import Cancellations
 from pipeline.errors import (
     AttemptsExhausted,
@@ -107,7 +107,7 @@ class Runner:
         held = [running.since_s for running in self._running.values()]
         return time.monotonic() - min(held) if held else 0.0
 
-    async def pull(self, *consumers: ConsumerSpec, slots: int) -> None:
+    async def pull(self, *consumers: ConsumerSpec, slots: int, others: Others | None = None) -> None:
         """Begin to take tasks, the first consumer's before the next one's: never more at once than `slots`."""
         puller: Puller | None = None
 
@@ -130,7 +130,7 @@ class Runner:
         if not self._pullers:
             await self._bus.subscribe(f"{names.LEADER_ELECTED}.{streams.RESPONSES.name}", self._hear_election)
         at_first = 0 if self._paused else slots
-        puller = await self._bus.pull(consumers, take, credit=at_first)
+        puller = await self._bus.pull(consumers, take, credit=at_first, others=others)
         self._pullers.append(puller)
         if self._paused:
             await puller.pause()

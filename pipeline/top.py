@@ -20,6 +20,7 @@ from rich.live import Live
 
 from pipeline.bus import Bus, Received
 from pipeline.errors import BrokerRefused, PipelineError
+from pipeline.peers import addressed
 from pipeline.presence import Presence
 from pipeline.rates import Rates
 from pipeline.top_screen import ModelRow, View, render
@@ -27,6 +28,7 @@ from subjects import names, streams
 from subjects.codec import decode
 from subjects.limits import HEARTBEAT_S, PRESENCE_S
 from subjects.messages import MetricsSnapshot
+from subjects.streams import ConsumerSpec
 
 CONNECT_S_MAX: Final = 3.0
 REFRESH_S: Final = 1.0
@@ -84,7 +86,7 @@ class Board:
         """A model's queues and speed. A consumer that is not there yet has nobody to work for it."""
         waiting: dict[str, int | None] = {"decode": None, "prefill": None}
         in_work, paused_until_unix_s = dict(waiting), None
-        for consumer in streams.all_consumers([model]):
+        for consumer in [*streams.all_consumers([model]), *await self._addressed(model)]:
             stage = consumer.filter_subject.split(".")[1] if consumer.filter_subject else ""
             if stage not in waiting:
                 continue
@@ -105,6 +107,12 @@ class Board:
             prefill_waiting=waiting["prefill"],
             prefill_in_work=in_work["prefill"],
         )
+
+    async def _addressed(self, model: str) -> list[ConsumerSpec]:
+        try:
+            return await addressed(self._bus, [model])
+        except BrokerRefused:  # there are no streams yet
+            return []
 
 
 @contextlib.asynccontextmanager

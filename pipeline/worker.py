@@ -16,7 +16,7 @@ import structlog
 import uvloop
 
 from pipeline import metrics, spans
-from pipeline.bus import Bus
+from pipeline.bus import Bus, Others
 from pipeline.canary import EngineWatch, Verdict
 from pipeline.cancel import Cancellations
 from pipeline.commands import Commands
@@ -179,15 +179,18 @@ class Worker:
         )
         await self._announcer.publish_card(card)
 
-    async def run(self, stage: Stage[Any], consumers: Sequence[ConsumerSpec], *, slots: int) -> None:
+    async def run(
+        self, stage: Stage[Any], consumers: Sequence[ConsumerSpec], *, slots: int, others: Others | None = None
+    ) -> None:
         """Pull tasks for the stage until the worker is told to drain; returns when nothing is left.
 
-        The consumers share the slots; what waits at the first is taken before what waits at the next.
+        The consumers share the slots; what waits at the first is taken before what waits at the next. `others` are
+        helped out where that leaves slots free.
         """
         self._runner = Runner(self.bus, self.leases, self.cancellations, stage)
         if self._engine_watch is not None and self._engine_watch.verdict is not None:
             await self._runner.pause(ENGINE)
-        await self._runner.pull(*consumers, slots=slots)
+        await self._runner.pull(*consumers, slots=slots, others=others)
         self.ready = True
         log.info("worker_ready", worker=self.name, stage=stage.name, model=self.settings.model)
         await self.until_drained()

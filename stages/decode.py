@@ -15,6 +15,8 @@ from pipeline import metrics
 from pipeline.engine.disaggregated import DisaggregatedEngine
 from pipeline.engine.protocol import Engine, EngineOutput, EngineRequest
 from pipeline.errors import PipelineError
+from pipeline.pause import keep_paused
+from pipeline.peers import Peers
 from pipeline.progress import Progress
 from pipeline.responses import ResponseLog
 from pipeline.resumption import Seam, plan
@@ -199,12 +201,14 @@ async def serve(worker: Worker) -> None:
     """Start the engine, publish the model card, and own requests until the worker drains."""
     engine = await worker.start_engine()
     model = worker.model
-    consumers = streams.decode_consumers(model)
+    consumers = streams.decode_takes(model, worker.name)
     for consumer in consumers:
         await worker.bus.ensure_consumer(consumer)
+    await keep_paused(worker.bus, model, worker.name)
     if worker.disaggregated:
         engine = DisaggregatedEngine(engine, worker.bus, worker.name, model)
         await engine.listen()
     await worker.publish_card()
     bound = decode.bind(engine=engine, responses=worker.responses, worker=worker.name)
-    await worker.run(bound, consumers, slots=worker.slots)
+    peers = Peers(worker.bus, worker.presence, model, worker.name)
+    await worker.run(bound, consumers, slots=worker.slots, others=peers)

@@ -9,13 +9,14 @@ from pipeline.chat import LoadedModel
 from pipeline.errors import DeadlineExceeded, PayloadTooLarge, PipelineError
 from pipeline.expiry import Sweeper
 from pipeline.openai import IdentifiedRequest, identify, parse_request, resolve
+from pipeline.placement import Placements
 from pipeline.served import ServedModels
 from pipeline.stage import Emit, Task, emit_frame, emit_work, stage
 from pipeline.worker import Worker
 from subjects import names, streams
 from subjects.codec import TokenIds
 from subjects.limits import PAYLOAD_BYTES_MAX
-from subjects.messages import Frame, Request, Timing
+from subjects.messages import Frame, PreprocessedRequest, Request, Timing
 
 INLINE_BYTES_MAX: Final = 4096
 """A payload up to this size is tokenized on the event loop: about 1 ms, less than two hops between threads cost
@@ -38,6 +39,14 @@ class Models(Protocol):
         ...
 
 
+class Places(Protocol):
+    """Where prompts go."""
+
+    async def choose(self, model: str, token_ids: TokenIds, session: str | None = None) -> str | None:
+        """The worker to address a prompt to; None where any will do."""
+        ...
+
+
 def answer(task: Task[bytes], error: PipelineError) -> Iterable[Emit]:
     """The terminal error frame of each choice that has none yet; a malformed request has one choice."""
     identity = identify(task.payload, task.headers, task.stream_seq)
@@ -56,15 +65,15 @@ def answer(task: Task[bytes], error: PipelineError) -> Iterable[Emit]:
 
 
 @stage(name="preprocess", takes=bytes, answer=answer)
-async def preprocess(task: Task[bytes], models: Models) -> AsyncIterator[Emit]:
+async def preprocess(task: Task[bytes], models: Models, places: Places) -> AsyncIterator[Emit]:
     """One task for decode. A redelivery gives the same task under the same id, which JetStream drops.
 
     Raises Permanent for a request that cannot become a task.
     """
-    yield await _work(task, models)
+    yield await _work(task, models, places)
 
 
-async def _work(task: Task[bytes], models: Models) -> Emit:
+async def _work(task: Task[bytes], models: Models, places: Places) -> Emit:
     now_unix_s = time.time()
     identified = parse_request(
         task.payload,
@@ -79,7 +88,8 @@ async def _work(task: Task[bytes], models: Models) -> Emit:
         token_ids = tokenize(identified.request, model)
     else:
         token_ids = await asyncio.to_thread(tokenize, identified.request, model)
-    return _task_for_decode(identified, token_ids, model)
+    request = _resolved(identified, token_ids, model)
+    return _emit(request, await _address(request, places))
 
 
 def tokenize(request: Request, model: LoadedModel) -> TokenIds:
@@ -87,20 +97,29 @@ def tokenize(request: Request, model: LoadedModel) -> TokenIds:
     return model.tokenize(request)
 
 
-def _task_for_decode(identified: IdentifiedRequest, token_ids: TokenIds, model: LoadedModel) -> Emit:
+def _resolved(identified: IdentifiedRequest, token_ids: TokenIds, model: LoadedModel) -> PreprocessedRequest:
     if identified.deadline_unix_s <= time.time():
         raise DeadlineExceeded("deadline: passed while the request was tokenized", field="deadline")
-    request = resolve(
+    return resolve(
         identified,
         token_ids,
         context_len_tokens=model.context_len_tokens,
         vocab_size=model.tokenizer.vocab_size,
     )
-    subject = names.decode_tasks(request.priority).of(model=request.model)
+
+
+async def _address(request: PreprocessedRequest, places: Places) -> str:
+    """The task's subject. One with a priority goes to whoever takes it first: classes are kept over all workers."""
+    if not request.priority and (worker := await places.choose(request.model, request.token_ids)):
+        return names.DECODE_WORKER.of(model=request.model, worker=worker)
+    return names.decode_tasks(request.priority).of(model=request.model)
+
+
+def _emit(request: PreprocessedRequest, subject: str) -> Emit:
     emit = emit_work(subject, request, msg_id=f"{request.client}.{request.request_id}")
     if len(emit.payload) > PAYLOAD_BYTES_MAX:
         raise PayloadTooLarge(
-            f"prompt: its {len(token_ids)} tokens make a task of {len(emit.payload)} bytes; "
+            f"prompt: its {len(request.token_ids)} tokens make a task of {len(emit.payload)} bytes; "
             f"a subject carries at most {PAYLOAD_BYTES_MAX}",
             field="prompt",
             size=len(emit.payload),
@@ -114,7 +133,9 @@ async def serve(worker: Worker) -> None:
     models = ServedModels(worker.presence, worker.settings.models)
     await models.load_declared()
     slots = worker.settings.slots or SLOTS_DEFAULT
+    places = Placements(worker.bus, worker.presence, worker.settings.routing)
     async with asyncio.TaskGroup() as group:
         sweeping = group.create_task(Sweeper(worker.bus, worker.responses).run(), name="sweeper")
-        await worker.run(preprocess.bind(models=models), [streams.PREPROCESS], slots=slots)
+        await worker.run(preprocess.bind(models=models, places=places), [streams.PREPROCESS], slots=slots)
         sweeping.cancel()
+    await places.close()

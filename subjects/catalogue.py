@@ -67,7 +67,7 @@ def _limits_of(stream: streams.StreamSpec) -> str:
 
 
 def _consumers() -> str:
-    specs = (*streams.CONSUMERS, *streams.decode_consumers("MODEL"), streams.prefill_any("MODEL"))
+    specs = (*streams.CONSUMERS, *streams.decode_takes("MODEL", "WORKER"), streams.prefill_any("MODEL"))
     rows = [
         (
             f"`{spec.name}`",

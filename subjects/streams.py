@@ -160,6 +160,12 @@ BUCKETS: Final = (CARDS, ROUTES)
 
 PREPROCESS: Final = ConsumerSpec(name="preprocess", stream=REQUESTS.name, filter_subject=None)
 CONSUMERS: Final = (PREPROCESS,)
+OWNER_FIRST: Final = "owner-first"
+"""The priority group of consumers that have an owner."""
+OWNER_PRIORITY: Final = 0
+PEER_PRIORITY: Final = 9
+"""Pull requests of others are served only where the owner has none open."""
+_OWN: Final = "~"
 
 
 def with_retention(responses_kept_s: float) -> tuple[StreamSpec, ...]:
@@ -192,8 +198,33 @@ def decode_low(model: str) -> ConsumerSpec:
 
 
 def decode_consumers(model: str) -> tuple[ConsumerSpec, ...]:
-    """What the decode workers of a model take from, in this order."""
+    """What the decode workers of a model share, in the order in which they take from it."""
     return decode_high(model), decode_any(model), decode_low(model)
+
+
+def decode_worker(model: str, worker: str) -> ConsumerSpec:
+    """One decode worker's own consumer, for what is addressed to it; others take of it what it does not take itself.
+
+    No token contains what stands between the parts of its name, so that two workers' names are never the same.
+    """
+    return ConsumerSpec(
+        name=_OWN.join(("decode", token(model), token(worker))),
+        stream=WORK.name,
+        filter_subject=names.DECODE_WORKER.of(model=model, worker=worker),
+        priority_group=OWNER_FIRST,
+    )
+
+
+def decode_takes(model: str, worker: str) -> tuple[ConsumerSpec, ...]:
+    """What a decode worker takes from, in this order: what has a high priority, its own, what is anyone's."""
+    high, *others = decode_consumers(model)
+    return high, decode_worker(model, worker), *others
+
+
+def whose_consumer(name: str) -> tuple[str, str] | None:
+    """Model and worker of a worker's own consumer; None for one that is shared."""
+    role, *whose = name.split(_OWN)
+    return (whose[0], whose[1]) if role == "decode" and len(whose) == 2 else None
 
 
 def prefill_any(model: str) -> ConsumerSpec:
@@ -204,6 +235,6 @@ def prefill_any(model: str) -> ConsumerSpec:
 
 
 def all_consumers(models: Iterable[str]) -> tuple[ConsumerSpec, ...]:
-    """Every consumer of a pipeline that serves these models."""
+    """Every consumer of a pipeline that serves these models, but the workers' own."""
     of_models = ((*decode_consumers(model), prefill_any(model)) for model in sorted(models))
     return (*CONSUMERS, *(consumer for of_model in of_models for consumer in of_model))

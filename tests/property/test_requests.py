@@ -69,6 +69,13 @@ def model() -> LoadedModel:
     return LoadedModel(name="smollm2", tokenizer=tokenizer, context_len_tokens=CONTEXT_TOKENS)
 
 
+class Anywhere:
+    """No worker is better than another."""
+
+    async def choose(self, *_: object) -> None:
+        return None
+
+
 class OneModel:
     async def ready(self, name: str, until_unix_s: float) -> LoadedModel:
         return model()
@@ -125,7 +132,7 @@ def run(payload: bytes, message_headers: dict[str, str]) -> list[Emit]:
 
     async def collect() -> list[Emit]:
         try:
-            return [emit async for emit in preprocess.run(task, models=OneModel())]
+            return [emit async for emit in preprocess.run(task, models=OneModel(), places=Anywhere())]
         except Permanent as error:
             return list(preprocess.answer(task, error))
 

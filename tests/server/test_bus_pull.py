@@ -106,8 +106,8 @@ async def test_no_credit_asks_for_nothing(queue, log):
 async def test_the_first_in_priority_takes_everything_while_it_has_room(queue, connect, nats_server, log):
     spec = ConsumerSpec(name="owned", stream=QUEUE.name, filter_subject="queue.b", priority_group="g")
     backup = await connect(nats_server.url, name="backup")
-    owner = await queue.pull(spec, lambda delivery: log.add("owner"), credit=50, group="g", priority=0)
-    await backup.pull(spec, lambda delivery: log.add("backup"), credit=50, group="g", priority=5)
+    owner = await queue.pull(spec, lambda delivery: log.add("owner"), credit=50, priority=0)
+    await backup.pull(spec, lambda delivery: log.add("backup"), credit=50, priority=5)
     for i in range(50):
         await queue.publish_durable("queue.b", b"%d" % i)
     assert await log.until(lambda items: len(items) == 50) == ["owner"] * 50

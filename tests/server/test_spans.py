@@ -43,6 +43,13 @@ TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 DECODE = SimulatedSettings(ttft_ms=1, itl_ms=20, disaggregation="decode")
 
 
+class Anywhere:
+    """No worker is better than another."""
+
+    async def choose(self, *_: object) -> None:
+        return None
+
+
 class OneModel:
     """What preprocess needs of a served model."""
 
@@ -95,7 +102,7 @@ async def pipeline(nats_server: NatsServer) -> AsyncIterator[str]:
         runners.append(Runner(bus, leases, cancellations, stage))
         await runners[-1].pull(consumer, slots=4)
 
-    await run(preprocess.bind(models=OneModel()), streams.PREPROCESS)
+    await run(preprocess.bind(models=OneModel(), places=Anywhere()), streams.PREPROCESS)
     await run(decode.bind(engine=owner, responses=StreamLog(bus), worker="d0"), streams.decode_any(MODEL))
     claims, presence = Claims(bus, "p0", "i"), Presence(bus)
     await run(prefill.bind(engine=engines[1], claims=claims, presence=presence), streams.prefill_any(MODEL))

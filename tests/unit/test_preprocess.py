@@ -16,7 +16,7 @@ from pipeline.models import prepare_model
 from pipeline.stage import Emit, Task, terminal_msg_id
 from stages.preprocess import INLINE_BYTES_MAX, preprocess
 from subjects import headers, limits, names
-from subjects.codec import Format, decode, format_of
+from subjects.codec import Format, TokenIds, decode, format_of
 from subjects.messages import Frame, PreprocessedRequest
 
 CHAT = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
@@ -41,6 +41,19 @@ class OneModel:
         return self.model
 
 
+class At:
+    """Every prompt belongs to one worker, or to none."""
+
+    def __init__(self, worker: str | None) -> None:
+        self.worker = worker
+
+    async def choose(self, model: str, token_ids: TokenIds, session: str | None = None) -> str | None:
+        return self.worker
+
+
+ANYWHERE = At(None)
+
+
 def task_of(payload: dict[str, Any] | bytes, model: str = "smollm2", **fields: Any) -> Task[bytes]:
     if not isinstance(payload, bytes):
         payload = json.dumps(payload).encode()
@@ -48,10 +61,10 @@ def task_of(payload: dict[str, Any] | bytes, model: str = "smollm2", **fields: A
     return Task(payload=payload, subject=names.REQUESTS.of(model=model), **(defaults | fields))
 
 
-async def emits_of(task: Task[bytes], models: Any) -> list[Emit]:
+async def emits_of(task: Task[bytes], models: Any, places: Any = ANYWHERE) -> list[Emit]:
     async with asyncio.timeout(30):
         try:
-            return [emit async for emit in preprocess.run(task, models=models)]
+            return [emit async for emit in preprocess.run(task, models=models, places=places)]
         except Permanent as error:
             return list(preprocess.answer(task, error))
 
@@ -75,6 +88,13 @@ async def test_a_priority_decides_the_queue(tokenizer, priority, subject):
     (emit,) = await emits_of(task_of(CHAT | {"priority": priority}), OneModel(tokenizer))
     assert emit.subject == subject.of(model="smollm2")
     assert decode(PreprocessedRequest, emit.payload).priority == priority
+
+
+async def test_a_prompt_goes_to_the_worker_it_belongs_to_unless_it_has_a_priority(tokenizer):
+    (emit,) = await emits_of(task_of(CHAT), OneModel(tokenizer), At("w1"))
+    assert emit.subject == names.DECODE_WORKER.of(model="smollm2", worker="w1")
+    (emit,) = await emits_of(task_of(CHAT | {"priority": 1}), OneModel(tokenizer), At("w1"))
+    assert emit.subject == names.DECODE_HIGH.of(model="smollm2")
 
 
 async def test_a_chat_becomes_one_task_for_decode(tokenizer):
