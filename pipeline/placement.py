@@ -1,7 +1,8 @@
 """Where a prompt should go: the workers of a model ranked by their caches, their heartbeats and what was sent since.
 
 A heartbeat is up to a second old. So that a burst does not all go to the worker that was idle a second ago, each
-prompt that was placed here counts for its rank until a later heartbeat can have it in its figures.
+prompt that was placed here counts for its rank until a later heartbeat can have it in its figures, or the rank's KV
+events say that it is computed.
 """
 
 import asyncio
@@ -36,13 +37,23 @@ _NOTHING: Final = Overlap()
 log = structlog.get_logger()
 
 
+class _Placed(msgspec.Struct, frozen=True, gc=False):
+    """A prompt that went to a rank."""
+
+    at_s: float  # on the monotonic clock
+    tokens: int  # to compute
+    last_landmark: int | None  # once the rank holds it, the prompt is computed
+
+
 class _Known(msgspec.Struct):
     """A rank that takes work."""
 
     load: RankLoad  # as its last heartbeat had it
-    heard_s: float  # when that was, on the monotonic clock
-    placed: deque[tuple[float, int]]  # since then: when, and prompt tokens to compute
+    placed: deque[_Placed]  # what its heartbeat may not have, and what is not computed yet
     placed_tokens: int = 0
+
+    def forget_first(self) -> None:
+        self.placed_tokens -= self.placed.popleft().tokens
 
 
 class Placement:
@@ -76,7 +87,7 @@ class Placement:
         if ranking.policy == "kv" and not self._aggregated:
             return None
         assert ranking.best is not None
-        self.placed(ranking.best)
+        self.placed(ranking.best, token_ids)
         return ranking.best.rank.worker
 
     def rank(self, token_ids: TokenIds, session: str | None = None) -> Ranking:
@@ -85,16 +96,36 @@ class Placement:
             self._look()
         overlaps = self._index.overlaps(partial(self._hasher.landmarks, token_ids)) if self._index is not None else {}
         candidates = [
-            Candidate(rank, overlaps.get(rank, _NOTHING), _with_placed(known)) for rank, known in self._known.items()
+            Candidate(rank, overlaps.get(rank, _NOTHING), self._with_placed(rank, known))
+            for rank, known in self._known.items()
         ]
         return self._router.rank(len(token_ids), candidates, session)
 
-    def placed(self, score: Score) -> None:
+    def placed(self, score: Score, token_ids: TokenIds) -> None:
         """The prompt went to this rank."""
         if known := self._known.get(score.rank):
-            tokens = round(score.prefill_cost)
-            known.placed.append((time.monotonic(), tokens))
-            known.placed_tokens += tokens
+            landmarks = partial(self._hasher.landmarks, token_ids)
+            last = self._index.last_landmark(score.rank, landmarks) if self._index is not None else None
+            if len(known.placed) == PLACED_MAX:
+                known.forget_first()
+            known.placed.append(_Placed(time.monotonic(), round(score.prefill_cost), last))
+            known.placed_tokens += known.placed[-1].tokens
+
+    def _with_placed(self, rank: RankId, known: _Known) -> RankLoad:
+        """A rank's load with what was placed there and is not computed, as its events tell, in the order of placing."""
+        while known.placed and self._computed(rank, known.placed[0]):
+            known.forget_first()
+        if not known.placed:
+            return known.load
+        load = known.load
+        return RankLoad(load.running, load.waiting, load.queued_tokens + known.placed_tokens, load.kv_share)
+
+    def _computed(self, rank: RankId, placed: _Placed) -> bool:
+        return (
+            self._index is not None
+            and placed.last_landmark is not None
+            and self._index.holds(rank, placed.last_landmark)
+        )
 
     def _look(self) -> None:
         """Read who takes work and how loaded they are, and forget what their figures now contain."""
@@ -108,10 +139,11 @@ class Placement:
             for dp_rank in range(state.card.dp_size if state.card else 0):
                 rank = RankId(state.worker, dp_rank)
                 there = before.get(rank)
-                placed = there.placed if there else deque[tuple[float, int]](maxlen=PLACED_MAX)
-                while placed and placed[0][0] + SEEN_AFTER_S < heard_s:
-                    placed.popleft()
-                self._known[rank] = _Known(load, heard_s, placed, sum(tokens for _, tokens in placed))
+                known = self._known[rank] = (
+                    _Known(load, there.placed, there.placed_tokens) if there else _Known(load, deque())
+                )
+                while known.placed and known.placed[0].at_s + SEEN_AFTER_S < heard_s:
+                    known.forget_first()
 
 
 def _load_of_a_rank(state: WorkerState) -> RankLoad:
@@ -124,13 +156,6 @@ def _load_of_a_rank(state: WorkerState) -> RankLoad:
         waiting=round((beat.load.waiting + beyond_slots) / ranks),
         kv_share=beat.load.kv_tokens_used / beat.load.kv_tokens if beat.load.kv_tokens else 0.0,
     )
-
-
-def _with_placed(known: _Known) -> RankLoad:
-    if not known.placed:
-        return known.load
-    load = known.load
-    return RankLoad(load.running, load.waiting, load.queued_tokens + known.placed_tokens, load.kv_share)
 
 
 class Placements:

@@ -88,6 +88,17 @@ class PrefixIndex:
         held = self._held.get(rank)
         return frozenset(held.tiers[TIERS.index(tier)]) if held else frozenset()
 
+    def last_landmark(self, rank: RankId, landmarks_of: Callable[[int], Landmarks]) -> int | None:
+        """The hash by which a prompt will be known as computed by a rank; None where none is indexed of it."""
+        held = self._held.get(rank)
+        hashes = landmarks_of(held.block_tokens).hashes if held is not None else ()
+        return next((block for block in reversed(hashes) if not block & self._thinning_mask), None)
+
+    def holds(self, rank: RankId, block: int) -> bool:
+        """Whether a rank has a landmark, in whatever tier."""
+        held = self._held.get(rank)
+        return held is not None and any(block in there for there in held.tiers)
+
     # --- what becomes of blocks -----------------------------------------------------------------------
 
     def apply(self, rank: RankId, block_tokens: int, events: Iterable[KvEvent]) -> None:

@@ -1,8 +1,9 @@
 """Placement: who is ranked, what heartbeats and placed prompts count for, sessions of all ranks of a worker."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import msgspec
 import pytest
 
 from pipeline import placement
@@ -103,7 +104,7 @@ def test_a_burst_spreads_before_the_next_heartbeat(workers: Workers):
     firsts = []
     for _ in range(8):
         best = burst.rank(PROMPT).best
-        burst.placed(best)
+        burst.placed(best, PROMPT)
         firsts.append(best.rank.worker)
     assert sorted(firsts) == sorted("abcd" * 2)
 
@@ -111,8 +112,36 @@ def test_a_burst_spreads_before_the_next_heartbeat(workers: Workers):
 def test_what_a_heartbeat_knows_counts_no_more(workers: Workers, monkeypatch: pytest.MonkeyPatch):
     workers.states = [state("a")]
     one = placing(workers)
-    one.placed(one.rank(PROMPT).best)
+    one.placed(one.rank(PROMPT).best, PROMPT)
     assert one.rank(PROMPT).best.candidate.load.queued_tokens == len(PROMPT)
     later_s = time.monotonic() + placement.SEEN_AFTER_S + 1.0
     monkeypatch.setattr(placement.time, "monotonic", lambda: later_s)
     assert one.rank(PROMPT).best.candidate.load.queued_tokens == 0
+
+
+def test_what_its_events_tell_to_be_computed_counts_no_more(workers: Workers):
+    """Long before the next heartbeat; what was placed after it still counts."""
+    workers.states = [state("a")]
+    index, rank, later = PrefixIndex(1000), RankId("a"), TokenIds.of(range(1000, 1100))
+    index.apply(rank, BLOCK_TOKENS, [])
+    one = placing(workers, index)
+    one.placed(one.rank(PROMPT).best, PROMPT)
+    one.placed(one.rank(later).best, later)
+    assert one.rank(PROMPT).best.candidate.load.queued_tokens == len(PROMPT) + len(later)
+    hashes = BlockHashes.of(block_hashes(PROMPT, BLOCK_TOKENS))
+    index.apply(rank, BLOCK_TOKENS, [BlocksStored(hashes=hashes)])
+    assert one.rank(PROMPT).best.candidate.load.queued_tokens == len(later)
+
+
+def test_a_prompt_is_addressed_only_where_that_makes_a_difference(workers: Workers):
+    index = PrefixIndex(1000)
+    index.apply(RankId("b"), BLOCK_TOKENS, [BlocksStored(hashes=BlockHashes.of(block_hashes(PROMPT, BLOCK_TOKENS)))])
+    alone, unlike = [state("b")], [state("a"), state("b")]
+    workers.states = unlike
+    assert placing(workers).choose(PROMPT) is None  # without their caches they are alike
+    assert placing(workers, index).choose(PROMPT) == "b"
+    workers.states = alone
+    assert placing(workers, index).choose(PROMPT) is None
+    card = msgspec.structs.replace(unlike[0].card, disaggregation="decode")
+    workers.states = [replace(each, card=card) for each in unlike]
+    assert placing(workers, index).choose(PROMPT) is None  # they compute no prompts
