@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import uvloop
 
 from pipeline.client import Client
@@ -57,6 +58,7 @@ class Seen:
     workers: Counter[str] = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    preprocess_cpu_s: float = 0.0
 
     @property
     def cached_share(self) -> float:
@@ -142,12 +144,17 @@ async def serving(settings: TopologySettings, folder: Path) -> AsyncIterator[tup
 async def measure(engine: str, policy: str, workers: int, load: Load, *, deaths: bool = False) -> Seen:
     with tempfile.TemporaryDirectory() as folder:
         async with serving(topology(engine, policy, workers), Path(folder)) as (local, client):
+            preprocess = next(child.process for child in local.children if child.settings.role == "preprocess")
+            assert preprocess is not None
+            times_before = psutil.Process(preprocess.pid).cpu_times()
             watching = asyncio.create_task(local.until_failed())
             talking = asyncio.create_task(talk_all(client, load, policy))
             if deaths:
                 await strike(local, talking, Path(folder))
             seen = await talking
             watching.cancel()
+            times = psutil.Process(preprocess.pid).cpu_times()
+            seen.preprocess_cpu_s = times.user + times.system - times_before.user - times_before.system
             return seen
 
 
@@ -178,6 +185,7 @@ def row(name: str, workers: int, seen: Seen, whole: Seen | None) -> str:
     spread = ", ".join(str(count) for count in sorted(seen.workers.values(), reverse=True))
     return (
         f"| {name} | {workers} | {seen.cached_share:.1%} | {of_whole} | {figures} | {seen.seconds:.1f} | "
+        f"{1e3 * seen.preprocess_cpu_s / len(ttft):.2f} | "
         f"{spread} | {len(seen.errors)} |"
     )
 
@@ -185,8 +193,10 @@ def row(name: str, workers: int, seen: Seen, whole: Seen | None) -> str:
 async def compare(engine: str, workers: int, load: Load, policies: list[str], deaths: bool) -> None:
     requests = load.talks * load.turns
     print(f"{engine}: {requests} requests in {load.talks} conversations, {load.at_once} at once\n")
-    print("| Policy | Workers | Cached | Of one cache | TTFT p50, ms | p95 | Run, s | Requests by worker | Failed |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| Policy | Workers | Cached | Of one cache | TTFT p50, ms | p95 | Run, s | Preprocess CPU, ms a request | Requests by worker | Failed |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     whole = await measure(engine, "any", 1, load)
     print(row("one cache", 1, whole, None), flush=True)
     for policy in policies:
