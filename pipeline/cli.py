@@ -162,6 +162,9 @@ def request(
     priority: Annotated[
         int | None, typer.Option(metavar="N", help="Above 0: before all others of the model; below 0: after them.")
     ] = None,
+    session: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Its conversation: one worker, while that costs little.")
+    ] = None,
     client: ClientOption = None,
     request_id: Annotated[
         str | None, typer.Option("--id", metavar="ID", help="Its id, for `resume` and `cancel`; the same id runs once.")
@@ -183,6 +186,7 @@ def request(
         "n": choices if choices != 1 else None,
         "deadline": time.time() + deadline_s,
         "priority": priority,
+        "session": session,
         "request_id": request_id,
     }
     fields = _request_fields(json_file, prompt, system, raw)

@@ -274,6 +274,8 @@ def _check_output(request: Request) -> None:
     """The number and the length of the choices, what ends them, and how soon they are wanted."""
     check_range("n", request.n, 1, limits.CHOICES_MAX)
     check_range("priority", request.priority, -limits.PRIORITY_MAX, limits.PRIORITY_MAX)
+    if request.session is not None and not names.is_token(request.session):
+        raise InvalidRequest("session: must be 1 to 64 of the characters A-Z a-z 0-9 _ -", field="session")
     for field, tokens in (
         ("max_tokens", request.max_tokens),
         ("max_completion_tokens", request.max_completion_tokens),

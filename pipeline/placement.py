@@ -78,11 +78,12 @@ class Placement:
     def choose(self, token_ids: TokenIds, session: str | None = None) -> str | None:
         """The worker to address a prompt to, which then counts as placed there; None where any will do as well.
 
-        That is where there is one worker or none, and where all cost the same.
+        That is where there is one worker or none, and where all cost the same and there is no session to keep.
         """
         ranking = self.rank(token_ids, session)
         costs = {score.cost for score in ranking.scores}
-        if len({score.rank.worker for score in ranking.scores}) < 2 or (ranking.by_cost and len(costs) < 2):
+        alike = ranking.by_cost and len(costs) < 2 and not ranking.kept_session
+        if len({score.rank.worker for score in ranking.scores}) < 2 or alike:
             return None
         if ranking.policy == "kv" and not self._aggregated:
             return None

@@ -54,7 +54,7 @@ UNSUPPORTED: Final[dict[str, str]] = {
     "sampling_seed": "use `seed`",
     "separate_reasoning": _REASONING,
     "service_tier": "there is one tier",
-    "session_id": _ENGINE,
+    "session_id": "use `session`",
     "session_params": _ENGINE,
     "stop_regex": _ENGINE,
     "store": _STORED,

@@ -89,7 +89,7 @@ async def _work(task: Task[bytes], models: Models, places: Places) -> Emit:
     else:
         token_ids = await asyncio.to_thread(tokenize, identified.request, model)
     request = _resolved(identified, token_ids, model)
-    return _emit(request, await _address(request, places))
+    return _emit(request, await _address(request, identified.request.session, places))
 
 
 def tokenize(request: Request, model: LoadedModel) -> TokenIds:
@@ -108,9 +108,9 @@ def _resolved(identified: IdentifiedRequest, token_ids: TokenIds, model: LoadedM
     )
 
 
-async def _address(request: PreprocessedRequest, places: Places) -> str:
+async def _address(request: PreprocessedRequest, session: str | None, places: Places) -> str:
     """The task's subject. One with a priority goes to whoever takes it first: classes are kept over all workers."""
-    if not request.priority and (worker := await places.choose(request.model, request.token_ids)):
+    if not request.priority and (worker := await places.choose(request.model, request.token_ids, session)):
         return names.DECODE_WORKER.of(model=request.model, worker=worker)
     return names.decode_tasks(request.priority).of(model=request.model)
 

@@ -66,6 +66,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     client: str | None = None  # else the header, else "anonymous"
     deadline: float | None = None  # seconds since the Unix epoch; else the header
     priority: int = 0  # above 0: before all others of its model; below 0: after them. SGLang's field
+    session: str | None = None  # [A-Za-z0-9_-]{1,64}: requests of one session go to one worker, while that costs little
     stream: bool = False  # False: one frame with the whole answer
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None

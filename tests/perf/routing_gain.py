@@ -36,6 +36,18 @@ TURN_TOKENS = 80
 REQUEST_S_MAX = 300.0
 SIMULATED = SimulatedSettings(ttft_ms=5, itl_ms=5, prefill_us_per_token=200, max_running_requests=8)
 SGLANG = {"max_total_tokens": 32_000, "max_running_requests": 16}
+HEADS = (
+    "Policy",
+    "Workers",
+    "Cached",
+    "Of one cache",
+    "TTFT p50, ms",
+    "p95",
+    "Run, s",
+    "Preprocess CPU, ms a request",
+    "Requests by worker",
+    "Failed",
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class Seen:
 
     @property
     def cached_share(self) -> float:
-        return self.cached_tokens / self.prompt_tokens
+        return self.cached_tokens / max(1, self.prompt_tokens)
 
 
 def topology(engine: str, policy: str, workers: int) -> TopologySettings:
@@ -193,10 +205,7 @@ def row(name: str, workers: int, seen: Seen, whole: Seen | None) -> str:
 async def compare(engine: str, workers: int, load: Load, policies: list[str], deaths: bool) -> None:
     requests = load.talks * load.turns
     print(f"{engine}: {requests} requests in {load.talks} conversations, {load.at_once} at once\n")
-    print(
-        "| Policy | Workers | Cached | Of one cache | TTFT p50, ms | p95 | Run, s | Preprocess CPU, ms a request | Requests by worker | Failed |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}", flush=True)
     whole = await measure(engine, "any", 1, load)
     print(row("one cache", 1, whole, None), flush=True)
     for policy in policies:

@@ -90,6 +90,7 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             client="me",
             deadline=1790000000.5,
             priority=-3,
+            session="talk-1",
             stream=True,
             stream_options=m.StreamOptions(include_usage=True),
             max_completion_tokens=64,
