@@ -53,6 +53,10 @@ Watched = Annotated[Literal["bootstrap", "kv"], typer.Argument(help="What to wat
 ModelOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="The served model; default: the only one that is served.")
 ]
+SessionOption = Annotated[
+    str | None,
+    typer.Option(metavar="KEY", help="The conversation: its requests go to one worker, while that costs little."),
+]
 ClientOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="Whose answer it is; two of one name read each other's.")
 ]
@@ -162,9 +166,7 @@ def request(
     priority: Annotated[
         int | None, typer.Option(metavar="N", help="Above 0: before all others of the model; below 0: after them.")
     ] = None,
-    session: Annotated[
-        str | None, typer.Option(metavar="KEY", help="Its conversation: one worker, while that costs little.")
-    ] = None,
+    session: SessionOption = None,
     client: ClientOption = None,
     request_id: Annotated[
         str | None, typer.Option("--id", metavar="ID", help="Its id, for `resume` and `cancel`; the same id runs once.")
@@ -354,7 +356,7 @@ def route(
     ],
     model: ModelOption = None,
     role: Annotated[Literal["decode", "prefill"], typer.Option(help="Whose workers to rank.")] = "decode",
-    session: Annotated[str | None, typer.Option(metavar="KEY", help="Rank for this session.")] = None,
+    session: SessionOption = None,
     policy: Annotated[
         Literal["kv", "least_loaded", "random", "round_robin"], typer.Option(help="How workers are compared.")
     ] = "kv",
