@@ -121,6 +121,9 @@ class Peers:
             except PipelineError as error:
                 log.info("peers_not_asked", code=error.code, reason=str(error))
                 await asyncio.sleep(LOOK_S)
+            except Exception:  # the outermost guard: the worker's own work goes on, and the next time may succeed
+                log.exception("peers_not_asked", code="internal")
+                await asyncio.sleep(LOOK_S)
 
     @contextlib.asynccontextmanager
     async def _asking(self) -> AsyncIterator[None]:
@@ -174,6 +177,8 @@ class Peers:
                 await self._look()
             except PipelineError as error:
                 log.info("peers_unseen", code=error.code, reason=str(error))
+            except Exception:  # the outermost guard, as above
+                log.exception("peers_unseen", code="internal")
             await asyncio.sleep(LOOK_S * random.uniform(0.5, 1.0))  # so that workers do not go in step
 
     async def _look(self) -> None:
