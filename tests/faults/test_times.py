@@ -186,7 +186,7 @@ async def table(scene: Scene, times: int) -> list[str]:
     for case, (run, how, limit_s) in CASES.items():
         waits_s = []
         for number in range(times):
-            waits_s.append(await run(scene, f"{names.token(case)}-{number}", how))
+            waits_s.append(await run(scene, f"{names.token(case)}-{number}-of-{times}", how))
             if how is freeze:
                 await asyncio.sleep(FREEZE_S)  # until it goes on: nothing else tells
             await scene.until_ready()
