@@ -52,6 +52,7 @@ class Client:
         self._bus, self.name = bus, client
         self._live: dict[str, list[LiveFrames]] = {}  # by request id
         self._subscription: Subscription | None = None
+        self._reader: Subscription | None = None  # where workers ask whether this process still reads
         self._looking = asyncio.Lock()
         self._looked_s = -1.0  # when the last look into the queues began, monotonic
         self._held: set[str] | None = None
@@ -83,16 +84,25 @@ class Client:
         return await self.publish(model, payload, request_id, traceparent=traceparent)
 
     async def publish(
-        self, model: str, payload: bytes, request_id: str, *, traceparent: str | None = None
+        self,
+        model: str,
+        payload: bytes,
+        request_id: str,
+        *,
+        traceparent: str | None = None,
+        cancel_if_gone: bool = False,
     ) -> Submitted:
         """Publish a request that is encoded already, under its own id: again under the same id it is not run twice.
 
         That holds for `subjects.limits.DEDUPE_S`. `traceparent`: the caller's place in its trace (W3C Trace Context);
-        missing or malformed, a new trace begins. Raises Overloaded, PayloadTooLarge, BusUnavailable.
+        missing or malformed, a new trace begins. `cancel_if_gone`: the request ends with this process's connection.
+        Raises Overloaded, PayloadTooLarge, BusUnavailable.
         """
         subject = names.REQUESTS.of(model=model)
         context = TraceContext.parse(traceparent) or TraceContext.new()
         about = {headers.CLIENT: self.name, headers.TRACEPARENT: context.traceparent}
+        if cancel_if_gone:
+            about[headers.READER] = await self._readers_inbox()
         try:
             stored = await self._bus.publish_durable(
                 subject, payload, msg_id=f"{self.name}.{request_id}", headers=about
@@ -108,6 +118,7 @@ class Client:
         model: str,
         on_duplicate: Callable[[str], None] | None = None,
         traceparent: str | None = None,
+        cancel_if_gone: bool = False,
         **fields: Any,
     ) -> AsyncIterator[Frame]:
         """Publish one request and yield its frames until each choice has ended.
@@ -116,7 +127,8 @@ class Client:
         nothing new (of a worker that lost its lease) are left out. A failed request yields a terminal frame
         with `error`. Closing the iterator early cancels the request. A request whose id was accepted before, running
         or finished, is not run again: `on_duplicate` is called with the id, and the frames are those of that run.
-        `traceparent`: see `publish`.
+        With `cancel_if_gone` the request is also cancelled when this process dies, within some seconds; without it, it
+        is worked on and can be read with `resume`. `traceparent`: see `publish`.
 
         Raises:
             InvalidRequest: `n` is out of its limits, so there is no telling how many frames end it.
@@ -138,6 +150,7 @@ class Client:
                 deadline_unix_s=request.deadline,
                 on_duplicate=on_duplicate,
                 traceparent=traceparent,
+                cancel_if_gone=cancel_if_gone,
             )
             async with contextlib.aclosing(frames):
                 async for frame in frames:
@@ -160,10 +173,13 @@ class Client:
         deadline_unix_s: float,
         on_duplicate: Callable[[str], None] | None = None,
         traceparent: str | None = None,
+        cancel_if_gone: bool = False,
     ) -> AsyncIterator[Frame]:
         """As `generate`, of a request that is encoded already. Closing the iterator early leaves it running."""
         with self._following(request_id, Output(choices), deadline_unix_s) as follower:
-            submitted = await self.publish(model, payload, request_id, traceparent=traceparent)
+            submitted = await self.publish(
+                model, payload, request_id, traceparent=traceparent, cancel_if_gone=cancel_if_gone
+            )
             if submitted.duplicate:
                 log.info("request_known", request_id=request_id, client=self.name)
                 if on_duplicate:
@@ -206,6 +222,15 @@ class Client:
     async def cancel(self, request_id: str, reason: str = Cancel().reason) -> None:
         """Ask whoever holds a request to end it."""
         await self._bus.publish(names.CANCEL.of(request_id=request_id), encode(Cancel(reason=reason)))
+
+    async def _readers_inbox(self) -> str:
+        """The inbox on which this process says that it reads."""
+        if self._reader is None:
+            inbox = self._bus.new_inbox()
+            self._reader = await self._bus.subscribe(
+                inbox, lambda asked: self._bus.spawn(self._bus.respond(asked, b""))
+            )
+        return self._reader.subject
 
     async def stored(self) -> AsyncIterator[Frame]:
         """Every frame that the log has for this client, in the order in which they were stored."""

@@ -63,6 +63,7 @@ class IdentifiedRequest:
     output: OutputOptions
     deadline_unix_s: float
     accepted_unix_s: float
+    reader: str | None = None
 
 
 class _Claims(msgspec.Struct, frozen=True):
@@ -165,6 +166,7 @@ def parse_request(
         output=_output(request),
         deadline_unix_s=deadline_unix_s,
         accepted_unix_s=accepted_unix_s,
+        reader=_reader(message_headers),
     )
 
 
@@ -230,6 +232,19 @@ def _check_names(request: Request, message_headers: Mapping[str, str]) -> None:
                 size=len(name),
                 limit=names.TOKEN_CHARS_MAX,
             )
+
+
+def _reader(message_headers: Mapping[str, str]) -> str | None:
+    """The inbox of the request's reader, if it is to end with it."""
+    reader = message_headers.get(headers.READER)
+    if reader is not None and not names.is_inbox(reader):
+        raise InvalidRequest(
+            f"{headers.READER}: {clipped(reader)!r} is no inbox: _INBOX... of up to {names.INBOX_CHARS_MAX} characters",
+            field=headers.READER,
+            size=len(reader),
+            limit=names.INBOX_CHARS_MAX,
+        )
+    return reader
 
 
 def _deadline(request: Request, message_headers: Mapping[str, str], accepted_unix_s: float, now_unix_s: float) -> float:
@@ -437,6 +452,7 @@ def resolve(
         deadline_unix_s=identified.deadline_unix_s,
         reply_format=identity.reply_format,
         accepted_unix_s=identified.accepted_unix_s,
+        reader=identified.reader,
         priority=request.priority,
     )
 

@@ -44,6 +44,7 @@ from pipeline.errors import (
 )
 from pipeline.fence import BrokerAge, Fence
 from pipeline.lease import Lease, LeaseKeeper, LeaseLost
+from pipeline.reader import watched
 from pipeline.stage import ACCEPTED, Emit, Stage, Task
 from pipeline.task_trace import TaskTrace
 from subjects import headers, names, streams
@@ -313,15 +314,8 @@ class Runner:
                 if reason := self._cancellations.reason(request_id):
                     raise Cancelled(reason)
             task = await self._own(running)
-            async with _deadline(deadline_unix_s), contextlib.aclosing(self._stage.run(task)) as emits:
-                async for emit in emits:
-                    if emit is ACCEPTED:
-                        await self._accept(running)
-                        continue
-                    await self._publish(emit, running.fence)
-                    running.trace.note(emit.frame)
-                    if emit.frame is not None and emit.frame.finish_reason:
-                        task.ended.add(emit.frame.choice)
+            with self._while_read(running):
+                await self._emit(running, task, deadline_unix_s)
         except asyncio.CancelledError:
             if running.stop is None:
                 raise
@@ -332,6 +326,24 @@ class Runner:
             if request_id:
                 self._cancellations.unwatch(request_id)
         running.fence.check_lease()
+
+    def _while_read(self, running: _Running) -> contextlib.AbstractContextManager[None]:
+        """Cancel a request that has a reader when that is gone."""
+        work = running.task.payload
+        reader = work.reader if isinstance(work, PreprocessedRequest) else None
+        return watched(self._bus, reader, lambda: running.end(Cancelled("its reader is gone")))
+
+    async def _emit(self, running: _Running, task: Task[Any], deadline_unix_s: float | None) -> None:
+        """Publish what the stage says, as it says it. Raises DeadlineExceeded, and what the stage raises."""
+        async with _deadline(deadline_unix_s), contextlib.aclosing(self._stage.run(task)) as emits:
+            async for emit in emits:
+                if emit is ACCEPTED:
+                    await self._accept(running)
+                    continue
+                await self._publish(emit, running.fence)
+                running.trace.note(emit.frame)
+                if emit.frame is not None and emit.frame.finish_reason:
+                    task.ended.add(emit.frame.choice)
 
     async def _own(self, running: _Running) -> Task[Any]:
         """Become the task's only worker: the task, with an attempt above all earlier ones. Does nothing twice."""

@@ -7,6 +7,8 @@ CLIENT: Final = "Sglang-Client"
 """Where the answer goes: `sglang.responses.<client>.<request_id>`. Default "anonymous"."""
 DEADLINE: Final = "Sglang-Deadline"
 """Absolute deadline in seconds since the Unix epoch, e.g. "1790000000.5". Work past it is answered, not done."""
+READER: Final = "Sglang-Reader"
+"""An inbox on which the client answers for as long as it reads: when nobody does any more, the request is cancelled."""
 TRACEPARENT: Final = "traceparent"
 """W3C Trace Context, `00-<trace id>-<span id>-01`: on every hop, and on the frames that begin or end an attempt."""
 
@@ -50,6 +52,8 @@ ALL: Final[dict[str, str]] = {
     CLIENT: "client -> preprocess: names the response subject's client part; default `anonymous`",
     DEADLINE: "client -> preprocess: absolute deadline, seconds since the Unix epoch; past it the request is answered "
     "with `deadline_exceeded`",
+    READER: "client -> preprocess: an inbox that its client answers on while it reads; a request whose reader is gone "
+    "is cancelled. Without it, it is worked on to its end whoever reads",
     TRACEPARENT: "W3C Trace Context: client -> preprocess -> decode -> prefill -> claim, and on failures and on the "
     "frames that begin or end an attempt; missing or malformed: a new trace begins",
     REQUEST: "failures: the id of the request that the task belongs to, where it is known",

@@ -167,6 +167,7 @@ class PreprocessedRequest(Work, frozen=True, kw_only=True):
     choices: int = 1
     reply_format: Format = Format.MSGPACK
     accepted_unix_s: float = 0.0  # when the broker stored the request
+    reader: str | None = None  # an inbox: when nobody answers on it any more, the request is cancelled
     priority: int = 0  # larger is sooner
 
 

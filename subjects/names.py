@@ -12,6 +12,8 @@ from typing import Final
 TOKEN_CHARS_MAX: Final = 64
 ANONYMOUS_CLIENT: Final = "anonymous"
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_-]")
+INBOX_CHARS_MAX: Final = 128
+_INBOX: Final = re.compile(r"_INBOX[A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)+")
 _PART: Final = re.compile(r"\{(\w+)\}")
 
 
@@ -33,6 +35,11 @@ def token(name: str) -> str:
     if not name:
         raise ValueError("a subject token cannot be empty")
     return _UNSAFE.sub("-", name)[:TOKEN_CHARS_MAX]
+
+
+def is_inbox(subject: str) -> bool:
+    """True for a subject on which one process hears answers; nothing else is asked for a client's sake."""
+    return len(subject) <= INBOX_CHARS_MAX and _INBOX.fullmatch(subject) is not None
 
 
 def is_token(name: str) -> bool:

@@ -15,12 +15,14 @@ from pipeline.bus import Bus
 from pipeline.client import Client
 from pipeline.config import SimulatedSettings, load_topology
 from pipeline.local import LocalTopology, running
+from pipeline.reader import ABSENCES_MAX, ASK_S
 from subjects import names, streams
 from subjects.messages import Frame
 
 MODEL = "smollm2"
 READY_S_MAX = 60.0
 COMMAND_S_MAX = 60.0
+GONE_S_MAX = ASK_S * (ABSENCES_MAX + 1)
 LONG = {"model": MODEL, "prompt": (20, 11, 12), "max_tokens": 4_000, "ignore_eos": True}
 
 
@@ -127,3 +129,23 @@ async def test_a_worker_answers_by_hand_in_json_and_refuses_what_it_does_not_kno
         refused = json.loads((await asking.request(names.CONTROL.of(worker="decode-0", operation="dance"))).payload)
         assert (refused["ok"], refused["error"]["code"]) == (False, "invalid_request")
         await asking.close()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("cancel_if_gone", [True, False])
+async def test_a_request_whose_reader_dies_is_cancelled_if_it_was_to_be(tmp_path: Path, cancel_if_gone: bool):
+    """A request that its reader does not end with goes on."""
+    async with serving(tmp_path) as local, Client.connect(local.url, client="me") as survivor:
+        async with Client.connect(local.url, client="me") as reader:
+            asked = LONG | {"max_tokens": 3_000}  # 15 s: longer than it takes to notice
+            frames = reader.generate(request_id="r", cancel_if_gone=cancel_if_gone, **asked)
+            async with asyncio.timeout(READY_S_MAX):
+                await anext(frames)
+            await asyncio.sleep(GONE_S_MAX)  # no wait for anything: a reader that lives is not gone
+            following = asyncio.create_task(last(survivor.resume("r")))
+            await asyncio.sleep(0)
+            assert not following.done()
+        end = await following
+        assert end.finish_reason == ("abort" if cancel_if_gone else "length")
+        if cancel_if_gone:
+            assert end.error and end.error.message == "its reader is gone"

@@ -131,6 +131,7 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             choices=2,
             reply_format=Format.JSON,
             accepted_unix_s=1789999990.25,
+            reader="_INBOX_me.1",
             priority=7,
         ),
         m.PrefillTask(

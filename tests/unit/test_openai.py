@@ -409,6 +409,20 @@ def test_a_deadline_header_must_be_a_time(text):
     assert error.value.field == headers.DEADLINE
 
 
+def test_a_reader_is_an_inbox():
+    assert parse(CHAT).reader is None
+    assert parse(CHAT, {headers.READER: "_INBOX_me.1a.r"}).reader == "_INBOX_me.1a.r"
+
+
+@pytest.mark.parametrize(
+    "reader", ["", "me", "sglang.control.w.drain", "_INBOX.a.>", "_INBOX.*", "_INBOX." + 122 * "x"]
+)
+def test_a_reader_that_is_no_inbox_is_refused(reader):
+    with pytest.raises(InvalidRequest) as error:
+        parse(CHAT, {headers.READER: reader})
+    assert (error.value.field, error.value.size, error.value.limit) == (headers.READER, len(reader), 128)
+
+
 # --- what a right request becomes --------------------------------------------------------------------
 
 
