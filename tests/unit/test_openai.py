@@ -415,7 +415,7 @@ def test_a_reader_is_an_inbox():
 
 
 @pytest.mark.parametrize(
-    "reader", ["", "me", "sglang.control.w.drain", "_INBOX.a.>", "_INBOX.*", "_INBOX." + 122 * "x"]
+    "reader", ["", "me", "sglang.control.w.drain", "_INBOX.a.>", "_INBOX.*", "_INBOX." + "x" * 122]
 )
 def test_a_reader_that_is_no_inbox_is_refused(reader):
     with pytest.raises(InvalidRequest) as error:

@@ -37,6 +37,8 @@ ROOM_TABLES: Final = {
     "outstanding": "_staging_outstanding",
 }
 """What SGLang's manager keeps by room; not every role and release has each."""
+LATE_S: Final = 2.0
+"""Decode forgets what it noted of a room that no request of its has had for so long."""
 ORPHAN_S: Final = 60.0
 """Prefill forgets a room that decode named and no request of this engine opened within this time."""
 
@@ -123,6 +125,7 @@ class _NatsKVManager(NixlKVManager):
         self._got_s: dict[int, float] = {}  # prefill: when a room's transfer message was here
         self._opened_s: dict[int, float] = {}  # prefill: when a room was first heard of
         self.senders: weakref.WeakValueDictionary[int, NatsKVSender] = weakref.WeakValueDictionary()
+        self._late_s: dict[int, float] = {}  # decode: since when a room has an account and no request
         self._warm_rooms = itertools.count(-1, -1)  # never a request's: those are not negative
         super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
         self._postbox.attach(self)
@@ -237,6 +240,7 @@ class _NatsKVManager(NixlKVManager):
         count of chunks in flight, at nought, of a room that was aborted between two chunks.
         """
         if self._decodes:
+            self._sweep_late()
             return
         counts = vars(self).get(ROOM_TABLES["outstanding"], {})
         for room, in_flight in tuple(counts.items()):
@@ -248,6 +252,15 @@ class _NatsKVManager(NixlKVManager):
                 continue
             if status in (None, KVPoll.Failed) or time.monotonic() - opened_s > ORPHAN_S:
                 self._forget_room(room)
+
+    def _sweep_late(self) -> None:
+        """Decode: NIXL's word of a room that was given up already begins an account that nobody ends."""
+        accounts, now_s = vars(self)[ROOM_TABLES["receiving"]], time.monotonic()
+        late = [room for room in tuple(accounts) if room not in self.request_status]
+        self._late_s = {room: self._late_s.get(room, now_s) for room in late}
+        for room, seen_s in self._late_s.items():
+            if now_s - seen_s > LATE_S:
+                accounts.pop(room, None)
 
     def _forget_room(self, room: int) -> None:
         self._opened_s.pop(room, None)
