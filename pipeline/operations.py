@@ -72,10 +72,6 @@ class Operation:
     alone: bool = False  # at most one of these at a time in a worker
     timeout_s: float = 2.0
 
-    @property
-    def needs_idle_engine(self) -> bool:
-        return issubclass(self.arguments, WithIdleEngine)
-
     def deadline_s(self, arguments: Arguments) -> float:
         """When the asker has an answer at the latest."""
         return self.timeout_s + (arguments.wait_s if isinstance(arguments, WithIdleEngine) else 0.0)

@@ -52,6 +52,12 @@ async def addressed(bus: Bus, models: Iterable[str] | None = None) -> list[Consu
     ]
 
 
+async def all_consumers(bus: Bus, models: Iterable[str]) -> list[ConsumerSpec]:
+    """Every consumer of a pipeline that serves these models, the workers' own among them. Raises as `addressed`."""
+    served = tuple(models)
+    return [*streams.all_consumers(served), *await addressed(bus, served)]
+
+
 class Peers:
     """The other decode workers of a model, as one of them sees and helps them."""
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from pipeline.bus import Bus, ConsumerState, StreamState
 from pipeline.errors import PipelineError
-from pipeline.peers import addressed
+from pipeline.peers import all_consumers
 from subjects import names, streams
 from subjects.streams import ConsumerSpec
 
@@ -67,7 +67,7 @@ class QueueReader:
         queues = Queues(storage=await self._storage(), depths=await self._depths(served))
         for stream in streams.STREAMS:
             queues.streams[stream.name] = await self._bus.stream_state(stream.name)
-        for consumer in [*streams.all_consumers(served), *await addressed(self._bus, served)]:
+        for consumer in await all_consumers(self._bus, served):
             key = (consumer.stream, consumer.name)
             try:
                 state = await self._bus.consumer_state(*key)

@@ -11,7 +11,7 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -20,7 +20,7 @@ from rich.live import Live
 
 from pipeline.bus import Bus, Received
 from pipeline.errors import BrokerRefused, PipelineError
-from pipeline.peers import addressed
+from pipeline.peers import all_consumers
 from pipeline.presence import Presence
 from pipeline.rates import Rates
 from pipeline.top_screen import ModelRow, View, render
@@ -86,7 +86,7 @@ class Board:
         """A model's queues and speed. A consumer that is not there yet has nobody to work for it."""
         waiting: dict[str, int | None] = {"decode": None, "prefill": None}
         in_work, paused_until_unix_s = dict(waiting), None
-        for consumer in [*streams.all_consumers([model]), *await self._addressed(model)]:
+        for consumer in await self._consumers(model):
             stage = consumer.filter_subject.split(".")[1] if consumer.filter_subject else ""
             if stage not in waiting:
                 continue
@@ -108,11 +108,11 @@ class Board:
             prefill_in_work=in_work["prefill"],
         )
 
-    async def _addressed(self, model: str) -> list[ConsumerSpec]:
+    async def _consumers(self, model: str) -> Sequence[ConsumerSpec]:
         try:
-            return await addressed(self._bus, [model])
+            return await all_consumers(self._bus, [model])
         except BrokerRefused:  # there are no streams yet
-            return []
+            return ()
 
 
 @contextlib.asynccontextmanager

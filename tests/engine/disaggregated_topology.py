@@ -23,7 +23,7 @@ from pipeline.engine.sglang.handshake.wire import Operation
 from pipeline.errors import BusUnavailable
 from pipeline.local import Child, LocalTopology, running
 from pipeline.models import prepare_model
-from pipeline.peers import addressed
+from pipeline.peers import all_consumers
 from subjects import names, streams
 from subjects.codec import decode
 from subjects.messages import Claim, Heartbeat
@@ -115,7 +115,7 @@ class Disaggregated:
         for stream in (streams.REQUESTS, streams.WORK):
             if messages := (await self.bus.stream_state(stream.name)).messages:
                 found.append(f"{stream.name}: {messages} messages")
-        for consumer in [*streams.all_consumers([MODEL]), *await addressed(self.bus, [MODEL])]:
+        for consumer in await all_consumers(self.bus, [MODEL]):
             state = await self.bus.consumer_state(consumer.stream, consumer.name)
             if state.ack_pending or state.pending:
                 found.append(f"{consumer.name}: {state}")

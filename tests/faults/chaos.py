@@ -26,7 +26,7 @@ from pipeline.client import Client
 from pipeline.config import load_topology
 from pipeline.local import LocalTopology, running
 from pipeline.nats_server import NatsServer
-from pipeline.peers import addressed
+from pipeline.peers import all_consumers
 from pipeline.presence import Presence
 from pipeline.progress import Progress
 from subjects import streams
@@ -147,7 +147,7 @@ async def _left_now(bus: Bus, presence: Presence, workers: int) -> list[str]:
     for stream in (streams.REQUESTS, streams.WORK):
         if messages := (await bus.stream_state(stream.name)).messages:
             left.append(f"{messages} messages left in {stream.name}")
-    for consumer in [*streams.all_consumers([MODEL]), *await addressed(bus, [MODEL])]:
+    for consumer in await all_consumers(bus, [MODEL]):
         if pending := (await bus.consumer_state(consumer.stream, consumer.name)).ack_pending:
             left.append(f"{pending} leases left on {consumer.name}")
     alive = [state.heartbeat for state in presence.workers() if state.heartbeat and not state.down]
