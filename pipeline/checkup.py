@@ -10,7 +10,7 @@ from pipeline.client import Client
 from pipeline.control import command
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.health import Health, Reason
-from pipeline.look import CONNECT_S_MAX, HEARD_S
+from pipeline.look import HEARD_S, looking
 from pipeline.presence import Presence, WorkerState
 from pipeline.screen import err, out, table
 from subjects.limits import PRESENCE_S
@@ -30,12 +30,9 @@ class Checked:
 
 async def check(url: str, worker: str | None, *, canary: bool) -> int:
     """Print the health of all workers, or of one; the exit code, 1 where any is not well. Raises SetupError."""
-    bus = await Bus.connect(url, name="health", timeout_s=CONNECT_S_MAX)
-    try:
-        with err.status("asking every worker"):
-            checked = await _ask_all(bus, worker)
-    finally:
-        await bus.close()
+    with err.status("asking every worker"):
+        async with looking(url, "health") as (bus, presence):
+            checked = await _ask_all(bus, presence, worker)
     if not checked:
         err.print("no worker is up: `sglang-nats up` starts a whole topology here", markup=False)
         return 1
@@ -53,20 +50,13 @@ async def check(url: str, worker: str | None, *, canary: bool) -> int:
     return 0 if well else 1
 
 
-async def _ask_all(bus: Bus, worker: str | None) -> list[Checked]:
+async def _ask_all(bus: Bus, presence: Presence, worker: str | None) -> list[Checked]:
     """Raises ConfigError for a worker that nobody has heard of."""
-    presence = Presence(bus)
-    await presence.start()
-    try:
-        await asyncio.sleep(HEARD_S)
-        states = [state for state in presence.workers() if worker in (None, state.worker)]
-        if worker and not states:
-            raise ConfigError(
-                f"nobody has heard of a worker {worker!r}; `sglang-nats workers` lists them", field="worker"
-            )
-        return list(await asyncio.gather(*(_ask(bus, state) for state in states)))
-    finally:
-        await presence.close()
+    await asyncio.sleep(HEARD_S)
+    states = [state for state in presence.workers() if worker in (None, state.worker)]
+    if worker and not states:
+        raise ConfigError(f"nobody has heard of a worker {worker!r}; `sglang-nats workers` lists them", field="worker")
+    return list(await asyncio.gather(*(_ask(bus, state) for state in states)))
 
 
 async def _ask(bus: Bus, state: WorkerState) -> Checked:

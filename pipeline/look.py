@@ -126,7 +126,7 @@ def _say_duplicate(request_id: str) -> None:
 
 async def _only_asker(url: str, request_id: str) -> str:
     """The client that a request's answer goes to. Raises ConfigError where there are none or several."""
-    async with _looking(url) as (bus, _):
+    async with looking(url) as (bus, _):
         found = await bus.subjects_state(streams.RESPONSES.name, names.RESPONSES.any(request_id=request_id))
     whose = sorted(parts["client"] for subject in found if (parts := names.RESPONSES.parse(subject)))
     if len(whose) == 1:
@@ -136,7 +136,7 @@ async def _only_asker(url: str, request_id: str) -> str:
 
 
 async def _only_model(url: str) -> str:
-    async with _looking(url) as (_, presence):
+    async with looking(url) as (_, presence):
         return only_model(presence)
 
 
@@ -152,7 +152,7 @@ def only_model(presence: Presence) -> str:
 async def show_workers(url: str) -> None:
     """Print a table of the workers that are heard of."""
     with err.status("listening for heartbeats"):
-        async with _looking(url) as (bus, presence):
+        async with looking(url) as (bus, presence):
             await asyncio.sleep(HEARD_S)
             states = presence.workers()
             served = {model for state in states if (model := _served(state))}
@@ -180,7 +180,7 @@ def _served(state: WorkerState) -> str | None:
 
 async def show_streams(url: str) -> None:
     """Print a table of the streams and one of their consumers."""
-    async with _looking(url) as (bus, presence):
+    async with looking(url) as (bus, presence):
         rows = [await _stream_row(bus, spec) for spec in streams.STREAMS]
         specs = [*streams.all_consumers(presence.models()), *await addressed(bus)]
         readers = [await _consumer_row(bus, spec) for spec in specs]
@@ -209,13 +209,15 @@ async def _consumer_row(bus: Bus, spec: streams.ConsumerSpec) -> tuple[str, ...]
 
 
 @contextlib.asynccontextmanager
-async def _looking(url: str) -> AsyncIterator[tuple[Bus, Presence]]:
-    """A connection and the presence seen through it, closed in any case."""
-    bus = await Bus.connect(url, name="cli", timeout_s=CONNECT_S_MAX)
+async def looking(url: str, name: str = "cli") -> AsyncIterator[tuple[Bus, Presence]]:
+    """A connection of this name and the presence seen through it, closed in any case."""
+    bus = await Bus.connect(url, name=name, timeout_s=CONNECT_S_MAX)
     try:
         presence = Presence(bus)
         await presence.start()
-        yield bus, presence
-        await presence.close()
+        try:
+            yield bus, presence
+        finally:
+            await presence.close()
     finally:
         await bus.close()

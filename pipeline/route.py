@@ -6,9 +6,8 @@ from typing import Any, Final
 
 import msgspec
 
-from pipeline.bus import Bus
 from pipeline.config import RoutingSettings
-from pipeline.look import CONNECT_S_MAX, HEARD_S, only_model
+from pipeline.look import HEARD_S, looking, only_model
 from pipeline.openai import parse_request
 from pipeline.placement import Placements
 from pipeline.prefix_index import RankId
@@ -27,18 +26,12 @@ async def explain(
     url: str, fields: dict[str, Any], settings: RoutingSettings, *, model: str | None, role: Role, session: str | None
 ) -> int:
     """Print the ranking for a request; the exit code. Raises PipelineError with a sentence."""
-    bus = await Bus.connect(url, name="cli", timeout_s=CONNECT_S_MAX)
-    try:
-        presence = Presence(bus)
-        await presence.start()
+    async with looking(url) as (bus, presence):
         placements = Placements(bus, presence, settings, role)
         with err.status("listening for heartbeats"):
             await asyncio.sleep(HEARD_S)
         ranking, behind = await _ranking(presence, placements, fields, model, session)
         await placements.close()
-        await presence.close()
-    finally:
-        await bus.close()
     show(ranking, session)
     for rank in behind:
         out.print(f"the blocks of {rank.worker}/{rank.dp_rank} are not known: it gives no snapshot of them")

@@ -20,6 +20,7 @@ from rich.live import Live
 
 from pipeline.bus import Bus, Received
 from pipeline.errors import BrokerRefused, PipelineError
+from pipeline.look import looking
 from pipeline.peers import all_consumers
 from pipeline.presence import Presence
 from pipeline.rates import Rates
@@ -30,7 +31,6 @@ from subjects.limits import HEARTBEAT_S, PRESENCE_S
 from subjects.messages import MetricsSnapshot
 from subjects.streams import ConsumerSpec
 
-CONNECT_S_MAX: Final = 3.0
 REFRESH_S: Final = 1.0
 FIRST_S: Final = 2.3
 """Two snapshots of every worker, of which a rate can be told."""
@@ -118,16 +118,10 @@ class Board:
 @contextlib.asynccontextmanager
 async def watching(url: str) -> AsyncIterator[Board]:
     """A board over a connection of its own. Raises BusConnectError, BusUnavailable."""
-    bus = await Bus.connect(url, name="top", timeout_s=CONNECT_S_MAX)
-    try:
-        presence = Presence(bus)
-        await presence.start()
+    async with looking(url, "top") as (bus, presence):
         board = Board(bus, presence)
         await board.listen()
         yield board
-        await presence.close()
-    finally:
-        await bus.close()
 
 
 async def top(url: str, once: bool) -> int:
