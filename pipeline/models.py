@@ -39,12 +39,14 @@ def prepare_model(path: str, progress: Progress = no_progress) -> Path:
     """The folder (or hub name) of a model; unpacks the built-in one at first use, which takes seconds.
 
     Any number of processes may call it at once: one unpacks, the others wait for it. Raises ConfigError for
-    an unknown built-in model and EngineStartError where it cannot be unpacked.
+    an unknown built-in model or a path to nothing, and EngineStartError where the built-in one cannot be unpacked.
     """
     if path == BUILTIN_MODEL:
         return _builtin(progress)
     if path.startswith("builtin:"):
         raise ConfigError(f"no built-in model {path!r}; there is {BUILTIN_MODEL!r}", field="model_path")
+    if path.startswith(("/", "./", "../")) and not Path(path).exists():
+        raise ConfigError(f"no model lies at {path}", field="model_path")  # SGLang would take it for a hub's name
     return Path(path)
 
 

@@ -82,6 +82,16 @@ class Disaggregated:
                 tokens += frame.token_ids.tolist()
         return tokens
 
+    async def ask_at_once(self, prompts: Sequence[Sequence[int]], max_tokens: int, at_once: int) -> list[list[int]]:
+        """The greedy tokens of each prompt, so many of them at any time."""
+        gate = asyncio.Semaphore(at_once)
+
+        async def ask(prompt: Sequence[int]) -> list[int]:
+            async with gate:
+                return await self.ask(prompt, max_tokens)
+
+        return await asyncio.gather(*(ask(prompt) for prompt in prompts))
+
     def children(self, role: str) -> list[Child]:
         return [child for child in self.local.children if child.settings.role == role]
 

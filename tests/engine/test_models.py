@@ -38,6 +38,12 @@ def test_an_unknown_built_in_model_is_refused():
         prepare_model("builtin:gpt")
 
 
+def test_a_path_to_nothing_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=f"no model lies at {tmp_path}/nothing") as refused:
+        prepare_model(f"{tmp_path}/nothing")
+    assert refused.value.field == "model_path"
+
+
 async def test_many_processes_unpack_once(tmp_path: Path):
     """Three at once: one unpacks, and all get the same whole folder; none of them imports torch."""
     program = (

@@ -15,7 +15,7 @@ from pipeline.config import BUILTIN_MODEL
 from pipeline.engine.protocol import EngineRequest
 from pipeline.engine.sglang import launch, processes
 from pipeline.engine.sglang.engine import SglangEngine
-from pipeline.errors import EngineDied, EngineStartError
+from pipeline.errors import ConfigError, EngineDied, EngineStartError
 from subjects.codec import TokenIds
 from subjects.messages import StopConditions
 
@@ -82,7 +82,7 @@ async def test_a_scheduler_that_cannot_start_says_why():
 async def test_a_missing_model_is_a_sentence(tmp_path):
     engine = SglangEngine(str(tmp_path / "nothing-here"), {})
     try:
-        with pytest.raises(EngineStartError, match="nothing-here"):
+        with pytest.raises(ConfigError, match="nothing-here"):
             await engine.start()
     finally:
         await engine.close()

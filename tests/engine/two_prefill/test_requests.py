@@ -3,22 +3,16 @@
 import asyncio
 import random
 from collections import defaultdict
-from collections.abc import Sequence
-from pathlib import Path
 
 import psutil
 import pytest
-import pytest_asyncio
 from disaggregated_topology import (
-    FLOAT32,
     MODEL,
     Disaggregated,
     group,
     listening,
     prompts,
     reference,
-    started,
-    topology,
 )
 from kv_reading import hashes_of, snapshot
 
@@ -36,7 +30,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800), pytest.mark.asyncio
 MAX_TOKENS = 8
 LENGTHS = (1, 2, 3, 5, 9, 16, 17, 31, 47, 64, 65, 90, 127, 150, 200, 600)
 """Of prompts, in tokens: around SGLang's own steps, and one longer than a chunk of prefill."""
-LENGTHS_FULL = tuple(sorted({*LENGTHS, *range(4, 132, 4), 19, 21, 1000, 1500}))
 AT_ONCE = 16
 CANCELLED = 200
 CANCELLED_AT_ONCE = 8
@@ -48,32 +41,17 @@ POINTS = ("accepted", "offered", "claimed", "computing", "paged", "written", "de
 named its pages, when their KV is written, and between two tokens."""
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def expected_of_fifty() -> list[list[int]]:
-    return await reference(prompts(LENGTHS_FULL), MAX_TOKENS)
-
-
-async def at_once(topology: Disaggregated, asked: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    gate = asyncio.Semaphore(count)
-
-    async def ask(prompt: Sequence[int]) -> list[int]:
-        async with gate:
-            return await topology.ask(prompt, MAX_TOKENS)
-
-    return await asyncio.gather(*(ask(prompt) for prompt in asked))
-
-
 async def test_greedy_tokens_are_the_aggregated_ones(two_prefill: Disaggregated) -> None:
     asked = prompts(LENGTHS)
     wanted = await reference(asked, MAX_TOKENS)
     assert [await two_prefill.ask(prompt, MAX_TOKENS) for prompt in asked] == wanted
-    assert await at_once(two_prefill, asked, AT_ONCE) == wanted
+    assert await two_prefill.ask_at_once(asked, MAX_TOKENS, AT_ONCE) == wanted
     await two_prefill.until_quiet()
 
 
 async def test_every_choice_has_a_room_of_its_own(two_prefill: Disaggregated) -> None:
     (prompt,) = prompts([33])
-    (wanted,) = await at_once(two_prefill, [prompt], 1)
+    (wanted,) = await two_prefill.ask_at_once([prompt], MAX_TOKENS, 1)
     while not two_prefill.claims.empty():
         two_prefill.claims.get_nowait()
     choices: dict[int, list[int]] = defaultdict(list)
@@ -225,16 +203,3 @@ async def test_cancelled_requests_leave_nothing(two_prefill: Disaggregated, caps
     assert ends.count("abort") > 0.7 * CANCELLED, "a cancel comes too late only now and then"
     await two_prefill.until_quiet()
     assert len(await two_prefill.ask("The capital of France is", MAX_TOKENS, ignore_eos=True)) == MAX_TOKENS
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (2, 1), (1, 2)])
-async def test_fifty_prompts_in_every_ratio(
-    expected_of_fifty: list[list[int]], prefill: int, decode: int, tmp_path: Path
-) -> None:
-    asked, wanted = prompts(LENGTHS_FULL), expected_of_fifty
-    assert len(asked) == 50
-    async with started(topology(prefill, decode, **FLOAT32), tmp_path) as running:
-        assert [await running.ask(prompt, MAX_TOKENS) for prompt in asked] == wanted
-        assert await at_once(running, asked, AT_ONCE) == wanted
-        await running.until_quiet()

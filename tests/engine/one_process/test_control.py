@@ -28,7 +28,7 @@ from stages.decode import serve
 from subjects.messages import SamplingOptions, StopConditions
 
 if TYPE_CHECKING:
-    from tests.engine.conftest import StartedEngine
+    from tests.engine.one_process.conftest import StartedEngine
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 DEADLINE_S = 200.0

@@ -16,7 +16,7 @@ from subjects.limits import HEARTBEAT_S, PAYLOAD_BYTES_MAX
 from subjects.messages import Load, MetricsSnapshot, SamplingOptions, StopConditions
 
 if TYPE_CHECKING:
-    from tests.engine.conftest import StartedEngine
+    from tests.engine.one_process.conftest import StartedEngine
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 DEADLINE_S = 60.0

@@ -17,7 +17,7 @@ from subjects.codec import NO_TOKENS, TokenIds
 from subjects.messages import OutputOptions, SamplingOptions, StopConditions
 
 if TYPE_CHECKING:
-    from tests.engine.conftest import StartedEngine
+    from tests.engine.one_process.conftest import StartedEngine
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 DEADLINE_S = 60.0
