@@ -18,9 +18,9 @@ demo *args: setup
 up *args: setup
     @{{bin}}/sglang-nats up {{args}}
 
-# Lint, then run every test
+# Lint, then run every test, in two processes: one mostly computes, the other mostly waits
 test *args: check
-    {{bin}}/pytest {{args}}
+    {{bin}}/pytest --numprocesses 2 --dist loadgroup {{args}}
 
 # Lint and check the formatting
 check: setup
