@@ -17,6 +17,7 @@ def pytest_unconfigure() -> None:
     faulthandler.dump_traceback_later(EXIT_S_MAX, exit=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where several processes share the tests, one has all engines: two topologies at once are too much for a machine.
 

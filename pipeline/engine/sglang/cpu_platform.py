@@ -38,7 +38,8 @@ SERVER_ARGS: Final = {
     "disable_custom_all_reduce": True,
     "max_running_requests": 32,
     "max_total_tokens": 16_384,
-    "mem_fraction_static": 0.3,
+    # What other processes take while the weights load counts against it; max_total_tokens is what bounds the KV pool.
+    "mem_fraction_static": 0.8,
     "chunked_prefill_size": 512,  # a long prompt must not stop everyone's tokens for seconds
     # Decode's pages that must make room go to ordinary memory as they do; SGLang's own choice, a pool made at start,
     # wants 10 GiB free besides.
