@@ -20,7 +20,7 @@ up *args: setup
 
 # Lint, then run every test, in two processes: one mostly computes, the other mostly waits
 test *args: check
-    {{bin}}/pytest --numprocesses 2 --dist loadgroup {{args}}
+    {{bin}}/pytest --numprocesses 2 --dist loadfile {{args}}
 
 # Lint and check the formatting
 check: setup

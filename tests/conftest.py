@@ -5,6 +5,8 @@ import faulthandler
 
 import pytest
 import uvloop
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 EXIT_S_MAX = 60.0
 
@@ -17,12 +19,15 @@ def pytest_unconfigure() -> None:
     faulthandler.dump_traceback_later(EXIT_S_MAX, exit=True)
 
 
-@pytest.hookimpl(tryfirst=True)  # before the groups are read
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class _EnginesTogether(LoadScopeScheduling):
     """Where several processes share the tests, one has all engines: two topologies at once are too much for a machine.
 
     Other tests stay together by file, for the sake of what a file's tests share.
     """
-    for item in items:
-        together = "engines" if item.get_closest_marker("engine") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(together))
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "engines" if nodeid.startswith("tests/engine/") else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    return _EnginesTogether(config, log)
