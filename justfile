@@ -18,9 +18,9 @@ demo *args: setup
 up *args: setup
     @{{bin}}/sglang-nats up {{args}}
 
-# Lint, then run every test, in two processes: one mostly computes, the other mostly waits
+# Lint, then run every test
 test *args: check
-    {{bin}}/pytest --numprocesses 2 --dist loadfile {{args}}
+    {{bin}}/pytest {{args}}
 
 # Lint and check the formatting
 check: setup

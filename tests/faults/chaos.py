@@ -146,7 +146,8 @@ async def _left_now(bus: Bus, presence: Presence, workers: int) -> list[str]:
     left = []
     for stream in (streams.REQUESTS, streams.WORK):
         if messages := (await bus.stream_state(stream.name)).messages:
-            left.append(f"{messages} messages left in {stream.name}")
+            subjects = await bus.subjects_state(stream.name, names.EVERYTHING)
+            left.append(f"{messages} messages left in {stream.name}: {subjects}")
     for consumer in await all_consumers(bus, [MODEL]):
         if pending := (await bus.consumer_state(consumer.stream, consumer.name)).ack_pending:
             left.append(f"{pending} leases left on {consumer.name}")

@@ -131,15 +131,21 @@ async def test_two_workers_share_everything_once(queue, connect, nats_server, lo
 @pytest.mark.parametrize("end", ["stop", "kill"])
 async def test_a_restart_loses_nothing_and_doubles_only_by_redelivery(nats_server, queue, log, end):
     """A broker that was killed may have forgotten what it had just handed out, so each of its lives counts alone."""
+    came: list[int] = []
+
+    async def count() -> None:
+        came.append(len(log.items))  # what the first life had sent was still read after its end
+
+    queue.on_reconnect(count)
     await acked(queue, log, credit=16)
     sends = asyncio.create_task(fill(queue, 400))
     await log.until(lambda items: len(items) >= 50)
     getattr(nats_server, end)()
-    before = len(log.items)
     nats_server.start()
     await sends
     await log.until(lambda items: len({item.payload for item in items}) == 400)
     await empty(queue)
+    (before,) = came
     for life in (log.items[:before], log.items[before:]):
         first = [item.payload for item in life if item.attempt == 1]
         assert len(set(first)) == len(first), "handed out twice as a first attempt"
