@@ -29,7 +29,7 @@ from pipeline.nats_server import NatsServer
 from pipeline.peers import all_consumers
 from pipeline.presence import Presence
 from pipeline.progress import Progress
-from subjects import streams
+from subjects import names, streams
 from subjects.messages import Frame
 
 INTERVAL_S = (1.5, 4.0)
