@@ -1,6 +1,7 @@
 """A proxy before the broker that can part a worker from it: its bytes wait, and nothing tells either side."""
 
 import asyncio
+import contextlib
 import re
 from collections import defaultdict
 from typing import Final
@@ -21,7 +22,7 @@ class Proxy:
 
     async def start(self) -> str:
         """The URL that leads through the proxy."""
-        self._listener = await asyncio.start_server(self._carry, "127.0.0.1", 0)
+        self._listener = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         return f"nats://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
 
     async def close(self) -> None:
@@ -38,29 +39,24 @@ class Proxy:
         finally:
             self._joined[worker].set()
 
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Carry in a task of our own: of one that asyncio makes for a connection, it logs the cancel as an error."""
+        task = asyncio.create_task(self._carry(reader, writer), name="carry")
         self._carrying.add(task)
         task.add_done_callback(self._carrying.discard)
-        try:
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Until one side is gone, which the other is told by the end of its connection."""
+        with contextlib.closing(writer), contextlib.suppress(OSError):
             there, back = await asyncio.open_connection("127.0.0.1", self._broker.port)
-        except OSError:
-            writer.close()
-            return
-        try:
-            writer.write(await there.readline())  # INFO: the broker speaks first
-            hello = await reader.read(CHUNK_BYTES)
-            found = _NAME.search(hello)
-            joined = self._joined[found[1].decode() if found else ""]
-            await joined.wait()
-            back.write(hello)
-            await _either(_pump(reader, back, joined), _pump(there, writer, joined))
-        except OSError:
-            pass  # one side is gone: the other is told below
-        finally:
-            writer.close()
-            back.close()
+            with contextlib.closing(back):
+                await _send(writer, await there.readline())  # INFO: the broker speaks first
+                hello = await reader.read(CHUNK_BYTES)
+                found = _NAME.search(hello)
+                joined = self._joined[found[1].decode() if found else ""]
+                await joined.wait()
+                await _send(back, hello)
+                await _either(_pump(reader, back, joined), _pump(there, writer, joined))
 
 
 def _set() -> asyncio.Event:
@@ -72,8 +68,15 @@ def _set() -> asyncio.Event:
 async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter, joined: asyncio.Event) -> None:
     while chunk := await source.read(CHUNK_BYTES):
         await joined.wait()
-        sink.write(chunk)
-        await sink.drain()
+        await _send(sink, chunk)
+
+
+async def _send(sink: asyncio.StreamWriter, chunk: bytes) -> None:
+    """Raises OSError where the sink is gone, as it may be after any wait; uvloop's own word is a RuntimeError."""
+    if sink.is_closing():
+        raise ConnectionResetError("the connection is closed")
+    sink.write(chunk)
+    await sink.drain()
 
 
 async def _either(*pumps) -> None:
