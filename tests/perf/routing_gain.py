@@ -5,17 +5,20 @@
     python tests/perf/routing_gain.py --deaths              # and again, with a worker killed and another one added
 
 Each policy gets a topology of its own with empty caches and the same conversations. `one cache` is a single worker that
-sees everything: what no routing can exceed. Prints a table for docs/benchmarks.md.
+sees everything: what no routing can exceed. Prints a table for docs/benchmarks.md; with --deaths, how long the killed
+worker was in a prefix index that follows the topology from outside, and fails where that was over 5 s.
 """
 
 import argparse
 import asyncio
+import math
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,13 +30,21 @@ import uvloop
 
 from pipeline.client import Client
 from pipeline.config import BUILTIN_MODEL, GroupSettings, RoutingSettings, SimulatedSettings, TopologySettings
+from pipeline.kv_feed import KvIndexFeed
 from pipeline.local import Child, LocalTopology, command, running
+from pipeline.look import HEARD_S, looking
+from pipeline.prefix_index import PrefixIndex
+from pipeline.presence import Presence
+from subjects import names
 
 MODEL = "smollm2"
 VOCAB_TOKENS = 30_000
 SYSTEM_PROMPTS, SYSTEM_TOKENS = 5, 200
 TURN_TOKENS = 80
 REQUEST_S_MAX = 300.0
+IN_INDEX_S_MAX = 10.0  # until the worker that is to be killed is in the index
+DEAD_IN_INDEX_S_MAX = 5.0
+FORGOTTEN_S_MAX = 30.0  # how long we look on
 SIMULATED = SimulatedSettings(ttft_ms=5, itl_ms=5, prefill_us_per_token=200, max_running_requests=8)
 SGLANG = {"max_total_tokens": 32_000, "max_running_requests": 16}
 HEADS = (
@@ -71,6 +82,7 @@ class Seen:
     errors: list[str] = field(default_factory=list)
     seconds: float = 0.0
     preprocess_cpu_s: float = 0.0
+    dead_in_index_s: float = 0.0  # a killed worker; infinite: for as long as we looked on
 
     @property
     def cached_share(self) -> float:
@@ -160,25 +172,76 @@ async def measure(engine: str, policy: str, workers: int, load: Load, *, deaths:
             assert preprocess is not None
             times_before = psutil.Process(preprocess.pid).cpu_times()
             watching = asyncio.create_task(local.until_failed())
-            talking = asyncio.create_task(talk_all(client, load, policy))
-            if deaths:
-                await strike(local, talking, Path(folder))
-            seen = await talking
+            talking = talk_all(client, load, policy)
+            seen = await (struck(local, talking, Path(folder)) if deaths else talking)
             watching.cancel()
             times = psutil.Process(preprocess.pid).cpu_times()
             seen.preprocess_cpu_s = times.user + times.system - times_before.user - times_before.system
             return seen
 
 
-async def strike(local: LocalTopology, talking: asyncio.Task[Seen], folder: Path) -> None:
-    """Kill a decode worker a second into the run, and add one more; the topology starts the killed one again."""
-    await asyncio.wait({talking}, timeout=1.0)
-    assert not talking.done(), "the run is too short to strike"
+async def struck(local: LocalTopology, talks: Coroutine[Any, Any, Seen], folder: Path) -> Seen:
+    """A run a second into which a decode worker is killed, and one is added; the topology starts the killed one again.
+
+    Raises TimeoutError where the victim never comes into the index that is watched from outside.
+    """
     victim = next(child for child in local.children if child.settings.role == "decode")
     assert victim.process is not None
-    victim.process.kill()
-    await added(local, victim, folder)
-    await talking
+    async with followed(local.url) as (presence, index):
+        talking = asyncio.create_task(talks)
+        await asyncio.wait({talking}, timeout=1.0)
+        await in_index(index, victim.settings.worker)
+        assert not talking.done(), "the run is too short to strike"
+        watching = asyncio.create_task(forgotten_s(presence, index, victim.settings.worker))
+        await asyncio.sleep(0)  # it looks on before the kill
+        victim.process.kill()
+        await added(local, victim, folder)
+        seen = await talking
+        seen.dead_in_index_s = await watching
+    return seen
+
+
+@asynccontextmanager
+async def followed(url: str) -> AsyncIterator[tuple[Presence, PrefixIndex]]:
+    """A prefix index kept up to date as a router keeps its own, of workers that have all been heard."""
+    async with looking(url, "routing-gain") as (bus, presence):
+        feed = KvIndexFeed(bus, presence, names.token(MODEL), RoutingSettings().blocks_max)
+        await feed.start()
+        try:
+            await asyncio.sleep(HEARD_S)
+            yield presence, feed.index
+        finally:
+            await feed.close()
+
+
+def held(index: PrefixIndex, worker: str) -> bool:
+    return any(rank.worker == worker for rank in index.ranks())
+
+
+async def in_index(index: PrefixIndex, worker: str) -> None:
+    """Wait until the index has blocks of the worker. Raises TimeoutError."""
+    async with asyncio.timeout(IN_INDEX_S_MAX):
+        while not held(index, worker):  # noqa: ASYNC110  the index has no event for it
+            await asyncio.sleep(0.01)
+
+
+async def forgotten_s(presence: Presence, index: PrefixIndex, worker: str) -> float:
+    """Seconds until the index has nothing of the worker's present life; infinite where that does not come.
+
+    Looked at when presence has told the index, and us after it: the worker's next life may be in the index soon after.
+    """
+    began_s, gone = time.monotonic(), asyncio.Event()
+
+    def look(who: str, _incarnation: str) -> None:
+        if who == worker and not held(index, worker):
+            gone.set()
+
+    presence.on_down(look)
+    try:
+        await asyncio.wait_for(gone.wait(), FORGOTTEN_S_MAX)
+    except TimeoutError:
+        return math.inf
+    return time.monotonic() - began_s
 
 
 async def added(local: LocalTopology, like: Child, folder: Path) -> asyncio.subprocess.Process:
@@ -202,7 +265,8 @@ def row(name: str, workers: int, seen: Seen, whole: Seen | None) -> str:
     )
 
 
-async def compare(engine: str, workers: int, load: Load, policies: list[str], deaths: bool) -> None:
+async def compare(engine: str, workers: int, load: Load, policies: list[str], deaths: bool) -> str | None:
+    """Print the table; what is not as promised, as a sentence."""
     requests = load.talks * load.turns
     print(f"{engine}: {requests} requests in {load.talks} conversations, {load.at_once} at once\n")
     print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}", flush=True)
@@ -211,9 +275,20 @@ async def compare(engine: str, workers: int, load: Load, policies: list[str], de
     for policy in policies:
         seen = await measure(engine, policy, workers, load)
         print(row(policy, workers, seen, whole), flush=True)
-    if deaths:
-        seen = await measure(engine, "kv", workers, load, deaths=True)
-        print(row("kv, one killed, one added", workers + 1, seen, whole), *seen.errors[:5], sep="\n", flush=True)
+    if not deaths:
+        return None
+    seen = await measure(engine, "kv", workers, load, deaths=True)
+    print(row("kv, one killed, one added", workers + 1, seen, whole), *seen.errors[:5], sep="\n", flush=True)
+    return dead_told(seen.dead_in_index_s)
+
+
+def dead_told(seconds: float) -> str | None:
+    """Print how long the killed worker was in the index; a complaint where that was too long."""
+    if seconds > DEAD_IN_INDEX_S_MAX:
+        how_long = f"{seconds:.1f} s" if math.isfinite(seconds) else f"at least {FORGOTTEN_S_MAX:g} s"
+        return f"the killed worker was in the prefix index for {how_long} more, not {DEAD_IN_INDEX_S_MAX:g} s at most"
+    print(f"\n{seconds:.1f} s after the kill the prefix index had nothing of the killed worker any more.", flush=True)
+    return None
 
 
 def main() -> None:
@@ -227,7 +302,7 @@ def main() -> None:
     given = parser.parse_args()
     workers = given.workers or (8 if given.engine == "simulated" else 2)
     load = Load(talks=given.talks, at_once=given.at_once)
-    uvloop.run(compare(given.engine, workers, load, given.policies, given.deaths))
+    sys.exit(uvloop.run(compare(given.engine, workers, load, given.policies, given.deaths)))
 
 
 if __name__ == "__main__":
