@@ -1,6 +1,6 @@
 """Shows the alerts and the dashboard against live data: a topology under load, scraped by a real Prometheus.
 
-    python tests/perf/dashboard_live.py infra/topologies/cpu-disaggregated.toml --seconds 150 --out docs/images
+    python tests/perf/dashboard_live.py tests/perf/dashboard.toml --users 24 --cancel 0.03 --kill-decode
 
 Needs `prometheus` on the PATH (Debian's package) and `uv`, which brings matplotlib for the pictures. Prints what each
 rule says in the end. With --kill-decode the decode workers are killed at half time, with --cancel some requests are.
