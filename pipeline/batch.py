@@ -30,6 +30,7 @@ from rich.progress import (
 from pipeline.client import Client
 from pipeline.completion import Completion, error_body
 from pipeline.errors import BrokerRefused, ConfigError, OutputGone, Overloaded
+from pipeline.openai import choices_of
 from pipeline.screen import PLAIN_S, err
 from subjects import limits
 from subjects.messages import Failure
@@ -137,7 +138,7 @@ def _item(where: str, line: bytes, model: str | None) -> Item:
         raise ConfigError(f"{where}: {error}", field="file") from None
     if parsed.url not in URLS or parsed.method != "POST":
         raise ConfigError(f"{where}: {parsed.method} {parsed.url} is not one of POST {', '.join(URLS)}", field="url")
-    named, choices = parsed.body.get("model") or model, parsed.body.get("n", 1)
+    named = parsed.body.get("model") or model
     if not isinstance(named, str):
         raise ConfigError(f"{where}: the body names no model; give --model NAME for such lines", field="model")
     return Item(
@@ -145,7 +146,7 @@ def _item(where: str, line: bytes, model: str | None) -> Item:
         custom_id=parsed.custom_id,
         chat=URLS[parsed.url],
         model=named,
-        choices=choices if type(choices) is int and 1 <= choices <= limits.CHOICES_MAX else 1,  # else it is refused
+        choices=choices_of(parsed.body.get("n")),
         body=parsed.body,
     )
 

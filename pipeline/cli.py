@@ -535,6 +535,9 @@ def _stage_command(role: str, about: str) -> None:
         ] = None,
         metrics_port: Annotated[int | None, typer.Option(help="telemetry: port of /metrics; 0: a free one.")] = None,
         metrics_host: Annotated[str | None, typer.Option(help="telemetry: address of /metrics.")] = None,
+        port: Annotated[int | None, typer.Option(help="gateway: HTTP port; 0: a free one.")] = None,
+        host: Annotated[str | None, typer.Option(help="gateway: address; 0.0.0.0: all of the machine.")] = None,
+        keys_file: Annotated[str | None, typer.Option(metavar="FILE", help="gateway: API keys by client.")] = None,
         health_port: Annotated[
             int | None, typer.Option(help="HTTP port of /live and /ready; 0: a free one; default: none.")
         ] = None,
@@ -552,6 +555,11 @@ def _stage_command(role: str, about: str) -> None:
             "simulated": {name: _number(text) for name, text in _pairs(simulated, "simulated").items()},
             "metrics_port": metrics_port,
             "metrics_host": metrics_host,
+            "gateway": {
+                name: value
+                for name, value in (("port", port), ("host", host), ("keys_file", keys_file))
+                if value is not None
+            },
             "health": {} if health_port is None else {"port": health_port},
             "log_level": log_level,
             "sglang": config.sglang_flags(context.args),
@@ -608,6 +616,7 @@ _stage_command("preprocess", "Take requests, check and tokenize them, and pass t
 _stage_command("decode", "Run a model: own requests from their first token to their last frame.")
 _stage_command("prefill", "Run a model's prompts for its decode workers, and write their KV to them by RDMA.")
 _stage_command("telemetry", "Collect metrics and heartbeats, and serve them to Prometheus.")
+_stage_command("gateway", "Serve OpenAI's API over HTTP, with every request and answer on the pipeline.")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,11 @@ class Client:
     """Requests over one connection. All answers come in on one wildcard subscription."""
 
     def __init__(self, bus: Bus, client: str) -> None:
+        """On a connection that others use too; `start` comes next. Raises InvalidRequest for a name no subject has.
+
+        `connect` is for who has no connection yet.
+        """
+        check_token("client", client)
         self._bus, self.name = bus, client
         self._live: dict[str, list[LiveFrames]] = {}  # by request id
         self._subscription: Subscription | None = None
@@ -65,15 +70,19 @@ class Client:
         Raises BusConnectError, and InvalidRequest for a name that does not fit in a subject.
         """
         name = client or f"py-{uuid.uuid4().hex[:12]}"
-        _check_token("client", name)
+        check_token("client", name)
         bus = await Bus.connect(url, name=f"client.{name}")
-        self = cls(bus, name)
         try:
-            self._subscription = await bus.subscribe(names.RESPONSES.any(client=name), self._hear)
-            bus.on_reconnect(self._look_again)
+            self = cls(bus, name)
+            await self.start()
             yield self
         finally:
             await bus.close()
+
+    async def start(self) -> None:
+        """Begin to listen, until the connection's end."""
+        self._subscription = await self._bus.subscribe(names.RESPONSES.any(client=self.name), self._hear)
+        self._bus.on_reconnect(self._look_again)
 
     async def submit(self, *, model: str, traceparent: str | None = None, **fields: Any) -> Submitted:
         """Publish one request and leave: its answer can be read within the log's time with `resume`.
@@ -210,7 +219,7 @@ class Client:
             DeadlineExceeded: no frame came before `deadline` (Unix seconds; default in `REQUEST_S_DEFAULT`).
             BusUnavailable: the log cannot be read.
         """
-        _check_token("request_id", request_id)
+        check_token("request_id", request_id)
         deadline_unix_s = time.time() + REQUEST_S_DEFAULT if deadline is None else deadline
         with self._following(request_id, Output(choices, from_token, choice), deadline_unix_s) as follower:
             await self._bus.flush()  # the subscription stands: what the log does not have yet will be heard
@@ -303,13 +312,13 @@ def _encoded(fields: dict[str, Any]) -> tuple[str, bytes, Request]:
     """A request's id, payload and value, with id and deadline filled in. Raises InvalidRequest."""
     filled = {"request_id": uuid.uuid4().hex, "deadline": time.time() + REQUEST_S_DEFAULT} | fields
     request = Request(**filled)
-    _check_token("request_id", filled["request_id"])
+    check_token("request_id", filled["request_id"])
     if not 1 <= request.n <= CHOICES_MAX:
         raise InvalidRequest(f"n: {request.n} choices; 1 to {CHOICES_MAX} can be asked for", field="n", size=request.n)
     return filled["request_id"], encode(request), request
 
 
-def _check_token(field: str, name: str) -> None:
+def check_token(field: str, name: str) -> None:
     """Raises InvalidRequest for a name that an answer's subject could not have."""
     if not names.is_token(name):
         raise InvalidRequest(

@@ -1,10 +1,13 @@
 """OpenAI's answer body, whole, from the frames of a request: `chat.completion` or `text_completion`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from pipeline.progress import Progress
 from subjects.messages import Failure, Frame, PositionLogprobs, TokenLogprob, Usage
+
+ERROR_TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 @dataclass
@@ -45,42 +48,53 @@ class Completion:
 
     def body(self, created_unix_s: float) -> dict[str, Any]:
         """The answer as OpenAI's API gives it. Needs every choice's end."""
-        usage = self.usage()
         return {
-            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{self.request_id}",
+            "id": answer_id(self.request_id, self.chat),
             "object": "chat.completion" if self.chat else "text_completion",
             "created": int(created_unix_s),
             "model": self.model,
             "choices": [self._choice(choice) for choice in range(self.choices)],
-            "usage": {
-                "prompt_tokens": usage.prompt_tokens,
-                "completion_tokens": usage.completion_tokens,
-                "total_tokens": usage.total_tokens,
-                "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-            },
+            "usage": usage_body(self.usage()),
         }
 
     def _choice(self, choice: int) -> dict[str, Any]:
         progress = self._progress[choice]
         assert progress.end is not None, "asked for before its end"
         positions = self._logprobs[choice]
-        if self.chat:
-            answer = {"message": {"role": "assistant", "content": progress.text}}
-            logprobs = {"content": [_chat_position(position) for position in positions]}
-        else:
-            answer = {"text": progress.text}
-            logprobs = _text_positions(positions)
+        answer = {"message": {"role": "assistant", "content": progress.text}} if self.chat else {"text": progress.text}
         return {
             "index": choice,
             **answer,
-            "logprobs": logprobs if positions else None,
+            "logprobs": logprobs_body(positions, self.chat),
             "finish_reason": progress.end.finish_reason,
         }
 
 
+def answer_id(request_id: str, chat: bool) -> str:
+    """The answer's `id`, of each of its chunks too."""
+    return f"{'chatcmpl' if chat else 'cmpl'}-{request_id}"
+
+
+def usage_body(usage: Usage) -> dict[str, Any]:
+    """What an answer cost, as OpenAI's API gives it."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+def logprobs_body(positions: Sequence[PositionLogprobs], chat: bool) -> dict[str, Any] | None:
+    """Log probabilities as OpenAI's API gives them; None where there are none."""
+    if not positions:
+        return None
+    return {"content": [_chat_position(position) for position in positions]} if chat else _text_positions(positions)
+
+
 def error_body(failure: Failure) -> dict[str, Any]:
     """An error as OpenAI's API gives it."""
-    kind = "invalid_request_error" if failure.status < 500 else "server_error"
+    kind = ERROR_TYPES.get(failure.status) or ("invalid_request_error" if failure.status < 500 else "server_error")
     return {"error": {"message": failure.message, "type": kind, "param": failure.field, "code": failure.code}}
 
 
@@ -93,7 +107,7 @@ def _chat_token(token: TokenLogprob) -> dict[str, Any]:
     return {"token": text, "logprob": token.logprob, "bytes": list(text.encode())}
 
 
-def _text_positions(positions: list[PositionLogprobs]) -> dict[str, Any]:
+def _text_positions(positions: Sequence[PositionLogprobs]) -> dict[str, Any]:
     return {
         "tokens": [_text(position.chosen) for position in positions],
         "token_logprobs": [position.chosen.logprob for position in positions],

@@ -1,8 +1,8 @@
 """The configuration of a worker and of a topology: parsed once, frozen, unknown keys refused.
 
 A worker's settings come from the command line, else from the environment (`SGLANG_NATS_<NAME>`; tables as JSON),
-else from its file, else from the defaults here. The tables `models`, `sglang`, `simulated`, `routing` and `health`
-are merged key by key.
+else from its file, else from the defaults here. The tables `models`, `sglang`, `simulated`, `routing`, `gateway`
+and `health` are merged key by key.
 """
 
 import difflib
@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 import msgspec
 
 from pipeline.errors import ConfigError
-from subjects.limits import RESPONSES_KEPT_S
+from subjects.limits import PAYLOAD_BYTES_MAX, REQUEST_S_DEFAULT, REQUEST_S_MAX, RESPONSES_KEPT_S
 from subjects.names import is_token, token
 
 NATS_URL_DEFAULT: Final = "nats://127.0.0.1:4222"
@@ -85,6 +85,22 @@ class HealthSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """A worker whose engine is wedged for this long ends, to be started again; 0: it waits for ever."""
 
 
+class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """OpenAI's API over HTTP."""
+
+    port: Port = 8000  # 0 picks a free one
+    host: str = "127.0.0.1"  # "0.0.0.0": all of the machine
+    keys_file: str | None = None  # TOML or JSON: client name to its API key or keys
+    keys_variable: str | None = None  # an environment variable with the same as JSON; with neither, anyone may ask
+    client_requests_max: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 1024  # at once, at this gateway; 0: any
+    body_bytes_max: Annotated[int, msgspec.Meta(ge=1, le=PAYLOAD_BYTES_MAX)] = PAYLOAD_BYTES_MAX
+    request_s: Annotated[float, msgspec.Meta(gt=0, le=REQUEST_S_MAX)] = REQUEST_S_DEFAULT
+    """The deadline of a request that names none."""
+    keep_alive_s: Annotated[float, msgspec.Meta(ge=0.05, le=600)] = 10.0
+    """A stream that has nothing to say for so long sends a comment, lest something on the way close it."""
+    cors_origins: tuple[str, ...] = ()  # whose pages may ask; "*": any
+
+
 class StageSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a worker and a group of equal workers have in common."""
 
@@ -100,6 +116,7 @@ class StageSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     routing: RoutingSettings = RoutingSettings()  # preprocess, and decode for its prefill workers
     metrics_port: Port = 0  # telemetry: 0 picks a free one
     metrics_host: str = "127.0.0.1"  # telemetry: the address on which /metrics listens; "0.0.0.0": all of the machine
+    gateway: GatewaySettings = GatewaySettings()
     health: HealthSettings = HealthSettings()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -259,7 +276,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _from_text(text: str, field: msgspec.structs.FieldInfo, variable: str) -> Any:
-    if field.name not in {"models", "sglang", "simulated", "routing", "health"}:
+    if field.name not in {"models", "sglang", "simulated", "routing", "gateway", "health"}:
         return _convert(text, field.type, variable, strict=False)
     try:
         table = json.loads(text)
@@ -294,6 +311,7 @@ def _meant(unknown: str) -> str:
             NatsSettings,
             SimulatedSettings,
             RoutingSettings,
+            GatewaySettings,
             HealthSettings,
         )
         for field in msgspec.structs.fields(kind)

@@ -3,6 +3,7 @@
     PipelineError
     ├── Permanent               the request can never succeed: terminal error frame, then term
     │   ├── InvalidRequest      400  a field is malformed, unknown or out of its limits
+    │   ├── Unauthorized        401  no API key, or one that nobody has
     │   ├── UnknownModel        404  no such model here
     │   ├── PayloadTooLarge     413  more bytes than a subject carries
     │   ├── PromptTooLong       400  more prompt tokens than the model's context
@@ -75,6 +76,10 @@ class Permanent(PipelineError):
 
 class InvalidRequest(Permanent):
     code, status = "invalid_request", 400
+
+
+class Unauthorized(Permanent):
+    code, status = "unauthorized", 401
 
 
 class UnknownModel(Permanent):

@@ -112,8 +112,15 @@ class LocalTopology:
 
     def metrics_addresses(self) -> list[str]:
         """Where the telemetry workers offer their metrics, as their logs tell."""
+        return self._addresses("metrics_served")
+
+    def gateway_addresses(self) -> list[str]:
+        """Where the gateways listen, as their logs tell."""
+        return self._addresses("gateway_served")
+
+    def _addresses(self, told: str) -> list[str]:
         events = [_event(line) for child in self.children for line in tail(child.log_path)]
-        return [event["url"] for event in events if event.get("event") == "metrics_served"]
+        return [event["url"] for event in events if event.get("event") == told]
 
     async def start(self) -> None:
         """Unpack models, then start the broker and every worker. Raises SetupError with a sentence."""

@@ -93,9 +93,14 @@ def _identity(
     return Identity(
         request_id=_first_token(claims.request_id, message_headers.get(headers.MSG_ID)) or str(stream_seq),
         client=_first_token(claims.client, message_headers.get(headers.CLIENT)) or names.ANONYMOUS_CLIENT,
-        choices=claims.n if type(claims.n) is int and 1 <= claims.n <= limits.CHOICES_MAX else 1,
+        choices=choices_of(claims.n),
         reply_format=_reply_format(payload),
     )
+
+
+def choices_of(n: Any) -> int:
+    """How many choices end a request that says `n`: of a number that is refused, one."""
+    return n if type(n) is int and 1 <= n <= limits.CHOICES_MAX else 1
 
 
 def _first_token(*candidates: Any) -> str | None:

@@ -104,6 +104,7 @@ def _say_what_next(local: LocalTopology, folder: Path) -> None:
     hello = '{"messages":[{"role":"user","content":"hi"}]}'
     lines += [f"  nats{theirs} pub {names.REQUESTS.of(model=model)} '{hello}'" for model in local.models]
     lines += [f"  curl {address}" for address in local.metrics_addresses()]
+    lines += [f"  curl {address}/v1/models" for address in local.gateway_addresses()]
     what_next = "\n".join(lines)
     err.print(f"\nEverything is ready on {local.url}. In another terminal:\n\n{what_next}\n", markup=False)
     err.print(f"Logs and streams: {folder}. Ctrl-C stops everything.\n", markup=False)

@@ -352,7 +352,7 @@ class ControlReply(Message, frozen=True, kw_only=True):
     error: Failure | None = None
 
 
-Role = Literal["preprocess", "decode", "prefill", "telemetry"]
+Role = Literal["preprocess", "decode", "prefill", "telemetry", "gateway"]
 
 
 class ModelCard(Message, frozen=True, kw_only=True):
