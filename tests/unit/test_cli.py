@@ -25,6 +25,7 @@ COMMANDS = (
     "preprocess",
     "decode",
     "telemetry",
+    "gateway",
 )
 HEAVY = {"nats", "aiohttp", "uvloop", "torch", "transformers", "tokenizers", "sglang", "prometheus_client", "structlog"}
 DEADLINE_S = 60
