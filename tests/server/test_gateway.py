@@ -252,8 +252,8 @@ class Reader:
         self.texts: dict[int, str] = {}
         self.chunks: list[dict[str, Any]] = []
 
-    async def read(self, answer: httpx.Response, events_max: int = 1 << 30) -> None:
-        async for line in answer.aiter_lines():
+    async def read(self, lines: AsyncIterator[str], events_max: int = 1 << 30) -> None:
+        async for line in lines:
             name, _, value = line.partition(": ")
             if name == "id":
                 last_id = value
@@ -278,14 +278,15 @@ async def test_any_gateway_goes_on_with_the_stream_of_a_killed_one(serving: Serv
     (killed,) = (child for child in serving.local.children if child.name == "gateway-0")
     with pytest.raises(httpx.HTTPError):
         async with serving.stream(body, gateway=0) as answer:
-            await reader.read(answer, 40)
+            lines = answer.aiter_lines()
+            await reader.read(lines, 40)
             os.kill(killed.process.pid, signal.SIGKILL)
-            await reader.read(answer)
+            await reader.read(lines)
     assert not reader.done and len(reader.texts[0]) < len(wanted(200))
 
     url = f"{serving.urls[1]}/v1/streams/killed"
     async with serving.http.stream("GET", url, headers={"Last-Event-ID": reader.last_id}) as answer:
-        await reader.read(answer)
+        await reader.read(answer.aiter_lines())
     assert reader.done
     assert reader.texts == {0: wanted(200), 1: wanted(200)}
     assert reader.usage["completion_tokens"] == 400
@@ -293,5 +294,5 @@ async def test_any_gateway_goes_on_with_the_stream_of_a_killed_one(serving: Serv
 
     after = Reader()  # the end is told again to who has all but it
     async with serving.http.stream("GET", url, params={"last_event_id": reader.last_id}) as answer:
-        await after.read(answer)
+        await after.read(answer.aiter_lines())
     assert (after.done, after.texts, after.usage) == (True, {}, reader.usage)

@@ -2,12 +2,24 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
 
 from pipeline.config import GatewaySettings
-from pipeline.errors import ConfigError, InvalidRequest
+from pipeline.errors import (
+    BusUnavailable,
+    ConfigError,
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    PipelineError,
+)
 from pipeline.http.accounts import load_keys
+from pipeline.http.app import make_app
 from pipeline.http.asked import parse_body
 from pipeline.http.chunks import DONE, Chunks, Cursor
 from subjects.codec import TokenIds
@@ -66,6 +78,28 @@ def test_an_event_is_openais_chunk():
         "usage": None,
     }
     assert json.loads(end.split(b"data: ")[1])["usage"]["total_tokens"] == 8
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "retry_after"),
+    [
+        (BusUnavailable("the broker is away"), 503, "1"),
+        (Overloaded("the queue is full", retry_after_s=2.2), 429, "3"),
+        (DeadlineExceeded("too late"), 504, None),
+        (RuntimeError("a bug"), 500, None),
+    ],
+)
+async def test_an_error_has_its_status(error: Exception, status: int, retry_after: str | None):
+    async def fail(_: Request) -> Response:
+        raise error
+
+    routes = ("chat", "complete", "models", "model", "stream", "live", "ready")
+    app = make_app(SimpleNamespace(**dict.fromkeys(routes, fail)), ())
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        answer = await client.get("/v1/models")
+    assert (answer.status_code, answer.headers.get("retry-after")) == (status, retry_after)
+    assert answer.json()["error"]["code"] == (error.code if isinstance(error, PipelineError) else "internal")
 
 
 @pytest.mark.parametrize("text", ["", "12", "chat/1/1", "chat/1/1x/m", "voice/1/1/m", "chat/1/" + "1." * 64 + "1/m"])
