@@ -172,7 +172,7 @@ def queues_of(role: str, model: str | None) -> tuple[StreamSpec, str] | None:
         case "preprocess":
             return streams.REQUESTS, names.REQUESTS.any()
         case "decode" if named:
-            return streams.WORK, names.decode_tasks_of(named)
+            return streams.WORK, names.tasks_of(names.DECODE_TASKS, named)
         case "prefill" if named:
-            return streams.WORK, names.PREFILL_ANY.of(model=named)
+            return streams.WORK, names.tasks_of(names.PREFILL_TASKS, named)
     return None

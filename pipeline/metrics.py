@@ -36,7 +36,7 @@ OLDEST_TASK_SECONDS: Final = Gauge(
 )
 TAKEN_OVER: Final = Counter(
     "taken_over",
-    "Tasks addressed to another decode worker that this one, idle, took: that one had no free slot, or is not there.",
+    "Tasks addressed to another worker of its kind that this one, idle, took: that one had no free slot, or is away.",
     namespace=PREFIX,
     registry=REGISTRY,
 )

@@ -72,7 +72,7 @@ async def keep_paused(bus: Bus, model: str, worker: str) -> None:
 
     Raises ConfigError, BusUnavailable, BrokerRefused.
     """
-    shared, own = streams.decode_any(model), streams.decode_worker(model, worker)
+    shared, own = streams.decode_any(model), streams.own_consumer("decode", model, worker)
     until_unix_s = (await _state(bus, shared)).paused_until_unix_s
     if until_unix_s != (await _state(bus, own)).paused_until_unix_s:
         await _pause(bus, own, datetime.fromtimestamp(until_unix_s, UTC) if until_unix_s else None)
@@ -113,7 +113,7 @@ async def _check_known(bus: Bus, model: str) -> None:
 
 async def _consumers(bus: Bus, model: str) -> list[ConsumerSpec]:
     """All that there are of a model's decode workers, shared and their own."""
-    return [*streams.decode_consumers(model), *await addressed(bus, [model])]
+    return [*streams.decode_consumers(model), *await addressed(bus, [model], "decode")]
 
 
 async def _state(bus: Bus, consumer: ConsumerSpec) -> ConsumerState:

@@ -1,9 +1,9 @@
-"""Addressed work: what is offered to one decode worker first, and how the others see to it that it never waits for it.
+"""Addressed work: offered to one worker first; the others of its role see to it that it never waits for that one.
 
-Each decode worker has a consumer of its own. JetStream serves the owner's pull requests there before all others. A
-worker that has nothing else to do keeps a request for one message open at its peers' consumers, so that a task whose
-worker has no free slot, is paused or dead goes to an idle one at once. Where all are busy, a worker whose slot comes
-free looks at the consumers of those that take no work before it takes what is anyone's.
+Each decode and each prefill worker has a consumer of its own. JetStream serves the owner's pull requests there before
+all others. A worker that has nothing else to do keeps a request for one message open at its peers' consumers, so that a
+task whose worker has no free slot, is paused or dead goes to an idle one at once. Where all are busy, a worker whose
+slot comes free looks at the consumers of those that take no work before it takes what is anyone's.
 """
 
 import asyncio
@@ -24,6 +24,7 @@ from pipeline.poll import by_priority, pull_subject
 from pipeline.presence import Presence
 from pipeline.provision import provision_consumer
 from subjects import names, streams
+from subjects.messages import Role
 from subjects.streams import PEER_PRIORITY, ConsumerSpec
 
 PEERS_MAX: Final = 16
@@ -43,12 +44,17 @@ GONE_S: Final = 60.0
 log = structlog.get_logger()
 
 
-async def addressed(bus: Bus, models: Iterable[str] | None = None) -> list[ConsumerSpec]:
-    """The workers' own consumers that there are, of some models or all. Raises BusUnavailable, BrokerRefused."""
+async def addressed(bus: Bus, models: Iterable[str] | None = None, role: str | None = None) -> list[ConsumerSpec]:
+    """The workers' own consumers that there are, of some models or all, of one role or both.
+
+    Raises BusUnavailable, BrokerRefused.
+    """
     wanted = None if models is None else {names.token(model) for model in models}
     found = (streams.whose_consumer(name) for name in await bus.consumer_names(streams.WORK.name))
     return [
-        streams.decode_worker(*whose) for whose in sorted(filter(None, found)) if wanted is None or whose[0] in wanted
+        streams.own_consumer(*whose)
+        for whose in sorted(filter(None, found))
+        if role in (None, whose[0]) and (wanted is None or whose[1] in wanted)
     ]
 
 
@@ -59,10 +65,11 @@ async def all_consumers(bus: Bus, models: Iterable[str]) -> list[ConsumerSpec]:
 
 
 class Peers:
-    """The other decode workers of a model, as one of them sees and helps them."""
+    """The other workers of a model and a role, as one of them sees and helps them."""
 
-    def __init__(self, bus: Bus, presence: Presence, model: str, worker: str) -> None:
-        self._bus, self._presence = bus, presence
+    def __init__(self, bus: Bus, presence: Presence, role: Role, model: str, worker: str) -> None:
+        self._bus, self._presence, self._role = bus, presence, role
+        self._tasks_for = names.ADDRESSED[role]
         self._model, self._worker = names.token(model), names.token(worker)
         self._consumers: dict[str, ConsumerSpec] = {}  # by worker
         self._urgent: tuple[str, ...] = ()  # workers that take no work, with tasks in the stream
@@ -163,7 +170,7 @@ class Peers:
         delivery = delivery_of(received)
         metrics.TAKEN_OVER.inc()
         self._on_delivery(delivery)
-        parts = names.DECODE_WORKER.parse(delivery.subject)
+        parts = self._tasks_for.parse(delivery.subject)
         consumer = self._consumers.get(parts["worker"]) if parts else None
         if self._subscription is not None and self._idle.is_set() and consumer in self._asked:
             inbox = self._subscription.subject.removesuffix(".*")
@@ -189,17 +196,17 @@ class Peers:
 
     async def _look(self) -> None:
         """See who has a consumer, who needs help, and who is gone for good. Raises BusUnavailable, BrokerRefused."""
-        consumers = {consumer.name: consumer for consumer in await addressed(self._bus, [self._model])}
-        counts = await self._bus.subjects_state(streams.WORK.name, names.DECODE_WORKER.any(model=self._model))
-        waiting = {parts["worker"] for subject in counts if (parts := names.DECODE_WORKER.parse(subject))}
+        consumers = {consumer.name: consumer for consumer in await addressed(self._bus, [self._model], self._role)}
+        counts = await self._bus.subjects_state(streams.WORK.name, self._tasks_for.any(model=self._model))
+        waiting = {parts["worker"] for subject in counts if (parts := self._tasks_for.parse(subject))}
         for worker in waiting:
-            consumer = streams.decode_worker(self._model, worker)
+            consumer = streams.own_consumer(self._role, self._model, worker)
             if consumer.name not in consumers:  # it was deleted by hand, or with a store that came back
                 await provision_consumer(self._bus, consumer)
                 consumers[consumer.name] = consumer
-        mine = streams.decode_worker(self._model, self._worker).name
-        peers = {streams.whose_consumer(name)[1]: consumer for name, consumer in consumers.items() if name != mine}
-        taking = {state.worker for state in self._presence.workers("decode", self._model) if state.ready}
+        mine = streams.own_consumer(self._role, self._model, self._worker).name
+        peers = {streams.whose_consumer(name)[2]: consumer for name, consumer in consumers.items() if name != mine}
+        taking = {state.worker for state in self._presence.workers(self._role, self._model) if state.ready}
         urgent = sorted(worker for worker in waiting & peers.keys() if worker not in taking)[:AIDED_MAX]
         if peers.keys() != self._consumers.keys() or not set(urgent) <= {*self._urgent}:
             self._stale.set()
@@ -211,7 +218,7 @@ class Peers:
         now_s = time.monotonic()
         if self._epoch != self._bus.epoch:  # nobody is judged by an outage
             self._epoch, self._missing_since_s = self._bus.epoch, {}
-        heard = {names.token(state.worker) for state in self._presence.workers("decode", self._model)}
+        heard = {names.token(state.worker) for state in self._presence.workers(self._role, self._model)}
         missing = [worker for worker in empty if worker not in heard]
         self._missing_since_s = {worker: self._missing_since_s.get(worker, now_s) for worker in missing}
         for worker, since_s in self._missing_since_s.items():

@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections import deque
 from functools import partial
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 import structlog
@@ -73,7 +73,7 @@ class Placement:
         self._presence, self._router, self._hasher, self._index = presence, router, hasher, index
         self._known: dict[RankId, _Known] = {}
         self._looked_s = 0.0
-        self._aggregated = True  # every worker; otherwise no prefix is cached where the request is decoded
+        self._caches = True  # every worker; a decode worker whose prompts are prefilled elsewhere keeps no prefixes
 
     def choose(self, token_ids: TokenIds, session: str | None = None) -> str | None:
         """The worker to address a prompt to, which then counts as placed there; None where any will do as well.
@@ -85,7 +85,7 @@ class Placement:
         alike = ranking.by_cost and len(costs) < 2 and not ranking.kept_session
         if len({score.rank.worker for score in ranking.scores}) < 2 or alike:
             return None
-        if ranking.policy == "kv" and not self._aggregated:
+        if ranking.policy == "kv" and not self._caches:
             return None
         assert ranking.best is not None
         self.placed(ranking.best, token_ids)
@@ -131,11 +131,11 @@ class Placement:
     def _look(self) -> None:
         """Read who takes work and how loaded they are, and forget what their figures now contain."""
         now_s = self._looked_s = time.monotonic()
-        before, self._known, self._aggregated = self._known, {}, True
+        before, self._known, self._caches = self._known, {}, True
         for state in self._presence.workers(self.role, self.model):
             if not state.ready or not state.registered:
                 continue
-            self._aggregated &= state.card is not None and state.card.disaggregation == "aggregated"
+            self._caches &= state.card is not None and state.card.disaggregation != "decode"
             load, heard_s = _load_of_a_rank(state), now_s - state.age_s
             for dp_rank in range(state.card.dp_size if state.card else 0):
                 rank = RankId(state.worker, dp_rank)
@@ -157,6 +157,14 @@ def _load_of_a_rank(state: WorkerState) -> RankLoad:
         waiting=round((beat.load.waiting + beyond_slots) / ranks),
         kv_share=beat.load.kv_tokens_used / beat.load.kv_tokens if beat.load.kv_tokens else 0.0,
     )
+
+
+class Places(Protocol):
+    """Where prompts go."""
+
+    async def choose(self, model: str, token_ids: TokenIds, session: str | None = None) -> str | None:
+        """The worker to address a prompt to; None where any will do."""
+        ...
 
 
 class Placements:

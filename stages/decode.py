@@ -17,6 +17,7 @@ from pipeline.engine.protocol import Engine, EngineOutput, EngineRequest
 from pipeline.errors import PipelineError
 from pipeline.pause import keep_paused
 from pipeline.peers import Peers
+from pipeline.placement import Placements
 from pipeline.progress import Progress
 from pipeline.responses import ResponseLog
 from pipeline.resumption import Seam, plan
@@ -205,10 +206,12 @@ async def serve(worker: Worker) -> None:
     for consumer in consumers:
         await worker.bus.ensure_consumer(consumer)
     await keep_paused(worker.bus, model, worker.name)
+    places = Placements(worker.bus, worker.presence, worker.settings.routing, "prefill")
     if worker.disaggregated:
-        engine = DisaggregatedEngine(engine, worker.bus, worker.name, model)
+        engine = DisaggregatedEngine(engine, worker.bus, worker.name, model, worker.presence, places)
         await engine.listen()
     await worker.publish_card()
     bound = decode.bind(engine=engine, responses=worker.responses, worker=worker.name)
-    peers = Peers(worker.bus, worker.presence, model, worker.name)
+    peers = Peers(worker.bus, worker.presence, "decode", model, worker.name)
     await worker.run(bound, consumers, slots=worker.slots, others=peers)
+    await places.close()

@@ -8,6 +8,7 @@ import structlog
 from pipeline.engine.disaggregated import Claims
 from pipeline.engine.protocol import Engine, EngineRequest
 from pipeline.errors import BusUnavailable, NoResponders, Permanent, PipelineError, WorkerGone
+from pipeline.peers import Peers
 from pipeline.presence import Presence
 from pipeline.stage import ACCEPTED, Emit, Task, stage
 from pipeline.worker import Worker
@@ -66,10 +67,11 @@ async def prefill(task: Task[PrefillTask], engine: Engine, claims: Claims, prese
 async def serve(worker: Worker) -> None:
     """Start the engine, publish the model card, and take prompts until the worker drains."""
     engine = await worker.start_engine()
-    consumer = streams.prefill_any(worker.model)
-    await worker.bus.ensure_consumer(consumer)
+    consumers = streams.prefill_takes(worker.model, worker.name)
+    for consumer in consumers:
+        await worker.bus.ensure_consumer(consumer)
     await worker.publish_card()
     claims = Claims(worker.bus, worker.name, worker.incarnation)
-    await worker.run(
-        prefill.bind(engine=engine, claims=claims, presence=worker.presence), [consumer], slots=worker.slots
-    )
+    bound = prefill.bind(engine=engine, claims=claims, presence=worker.presence)
+    peers = Peers(worker.bus, worker.presence, "prefill", worker.model, worker.name)
+    await worker.run(bound, consumers, slots=worker.slots, others=peers)

@@ -9,7 +9,7 @@ from pipeline.chat import LoadedModel
 from pipeline.errors import DeadlineExceeded, PayloadTooLarge, PipelineError
 from pipeline.expiry import Sweeper
 from pipeline.openai import IdentifiedRequest, identify, parse_request, resolve
-from pipeline.placement import Placements
+from pipeline.placement import Placements, Places
 from pipeline.served import ServedModels
 from pipeline.stage import Emit, Task, emit_frame, emit_work, stage
 from pipeline.worker import Worker
@@ -36,14 +36,6 @@ class Models(Protocol):
         Raises UnknownModel for a name that was neither declared nor registered, and DeadlineExceeded where no
         worker of a known model is there by `until_unix_s`.
         """
-        ...
-
-
-class Places(Protocol):
-    """Where prompts go."""
-
-    async def choose(self, model: str, token_ids: TokenIds, session: str | None = None) -> str | None:
-        """The worker to address a prompt to; None where any will do."""
         ...
 
 

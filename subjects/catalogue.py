@@ -67,7 +67,7 @@ def _limits_of(stream: streams.StreamSpec) -> str:
 
 
 def _consumers() -> str:
-    specs = (*streams.CONSUMERS, *streams.decode_takes("MODEL", "WORKER"), streams.prefill_any("MODEL"))
+    of_model = (*streams.decode_takes("MODEL", "WORKER"), *streams.prefill_takes("MODEL", "WORKER"))
     rows = [
         (
             f"`{spec.name}`",
@@ -76,7 +76,7 @@ def _consumers() -> str:
             f"{spec.ack_wait_s:g} s",
             str(spec.max_deliver),
         )
-        for spec in specs
+        for spec in (*streams.CONSUMERS, *of_model)
     ]
     heads = ("Consumer", "Stream", "Takes", "Lease (ack_wait)", "Deliveries at most")
     return "## Consumers\n\nDurable pull consumers with explicit acks.\n\n" + _table(heads, rows)

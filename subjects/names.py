@@ -130,7 +130,7 @@ PREFILL_WORKER: Final = Subject(
     Kind.JETSTREAM,
     "decode -> prefill",
     "PrefillTask",
-    "A prompt offered to one prefill worker first.",
+    "A prompt offered first to the prefill worker that ranks best for it; others take what that one cannot.",
 )
 RESPONSES: Final = Subject(
     "sglang.responses.{client}.{request_id}",
@@ -259,6 +259,10 @@ ALL: Final[tuple[Subject, ...]] = (
 
 DECODE_TASKS: Final = "sglang.decode.>"
 """Every tokenized request that waits or runs, of whatever model, priority or worker."""
+PREFILL_TASKS: Final = "sglang.prefill.>"
+"""Every prompt that waits for a claim, of whatever model, offered to one worker or to any."""
+ADDRESSED: Final = {"decode": DECODE_WORKER, "prefill": PREFILL_WORKER}
+"""By role: what is offered to one worker first."""
 EVERYTHING: Final = "sglang.>"
 """All of them but `PEER`, for an operator who looks on."""
 READABLE: Final = tuple(subject for subject in ALL if subject is not PEER)
@@ -279,9 +283,13 @@ def decode_tasks(priority: int) -> Subject:
     return DECODE_HIGH if priority > 0 else DECODE_LOW if priority < 0 else DECODE_ANY
 
 
-def decode_tasks_of(model: str) -> str:
-    """All of a model's tokenized requests."""
-    return DECODE_TASKS.replace("decode", f"decode.{token(model)}")
+def tasks_of(tasks: str, model: str) -> str:
+    """Those of `DECODE_TASKS` or `PREFILL_TASKS` that are of one model.
+
+    >>> tasks_of(PREFILL_TASKS, "smollm2")
+    'sglang.prefill.smollm2.>'
+    """
+    return tasks.replace(">", f"{token(model)}.>")
 
 
 def card_key(role: str, model: str | None, worker: str) -> str:

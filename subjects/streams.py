@@ -202,15 +202,15 @@ def decode_consumers(model: str) -> tuple[ConsumerSpec, ...]:
     return decode_high(model), decode_any(model), decode_low(model)
 
 
-def decode_worker(model: str, worker: str) -> ConsumerSpec:
-    """One decode worker's own consumer, for what is addressed to it; others take of it what it does not take itself.
+def own_consumer(role: str, model: str, worker: str) -> ConsumerSpec:
+    """A worker's own, for what is addressed to it; others of its role take of it what it does not take itself.
 
     No token contains what stands between the parts of its name, so that two workers' names are never the same.
     """
     return ConsumerSpec(
-        name=_OWN.join(("decode", token(model), token(worker))),
+        name=_OWN.join((role, token(model), token(worker))),
         stream=WORK.name,
-        filter_subject=names.DECODE_WORKER.of(model=model, worker=worker),
+        filter_subject=names.ADDRESSED[role].of(model=model, worker=worker),
         priority_group=OWNER_FIRST,
     )
 
@@ -218,13 +218,7 @@ def decode_worker(model: str, worker: str) -> ConsumerSpec:
 def decode_takes(model: str, worker: str) -> tuple[ConsumerSpec, ...]:
     """What a decode worker takes from, in this order: what has a high priority, its own, what is anyone's."""
     high, *others = decode_consumers(model)
-    return high, decode_worker(model, worker), *others
-
-
-def whose_consumer(name: str) -> tuple[str, str] | None:
-    """Model and worker of a worker's own consumer; None for one that is shared."""
-    role, *whose = name.split(_OWN)
-    return (whose[0], whose[1]) if role == "decode" and len(whose) == 2 else None
+    return high, own_consumer("decode", model, worker), *others
 
 
 def prefill_any(model: str) -> ConsumerSpec:
@@ -232,6 +226,17 @@ def prefill_any(model: str) -> ConsumerSpec:
     return ConsumerSpec(
         name=f"prefill-{token(model)}", stream=WORK.name, filter_subject=names.PREFILL_ANY.of(model=model)
     )
+
+
+def prefill_takes(model: str, worker: str) -> tuple[ConsumerSpec, ...]:
+    """What a prefill worker takes from, in this order: its own, what is anyone's."""
+    return own_consumer("prefill", model, worker), prefill_any(model)
+
+
+def whose_consumer(name: str) -> tuple[str, str, str] | None:
+    """Role, model and worker of a worker's own consumer; None for one that is shared."""
+    role, *whose = name.split(_OWN)
+    return (role, whose[0], whose[1]) if role in names.ADDRESSED and len(whose) == 2 else None
 
 
 def all_consumers(models: Iterable[str]) -> tuple[ConsumerSpec, ...]:

@@ -1,11 +1,13 @@
 """Decode's engine where prefill is another worker's: it offers each prompt, and decodes what comes back.
 
-An offer is a task for any prefill worker, with a new room. Whoever pulls it claims the room here first; so a
-cancelled or expired offer costs one message, an offer may be made twice, and no prompt is prefilled twice. Only a
-granted claim starts the engine on the request: SGLang must know the prefill worker when it allocates the pages.
+An offer is a task with a new room, for the prefill worker that ranks best for the prompt or, where none does, for any.
+Whoever pulls it claims the room here first; so a cancelled or expired offer costs one message, an offer may be made
+twice, and no prompt is prefilled twice. Only a granted claim starts the engine on the request: SGLang must know the
+prefill worker when it allocates the pages.
 """
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections import deque
@@ -20,9 +22,11 @@ import structlog
 from pipeline import metrics, tracing
 from pipeline.bus import Bus, Received
 from pipeline.engine.protocol import Engine, EngineInfo, EngineOutput, EngineRequest, Room, Vitals
-from pipeline.errors import BusUnavailable, NoResponders, PipelineError, PrefillLost, from_failure
+from pipeline.errors import BusUnavailable, NoResponders, PipelineError, PrefillLost, WorkerGone, from_failure
 from pipeline.meeting import Meetings
 from pipeline.operations import Arguments
+from pipeline.placement import Places
+from pipeline.presence import Presence
 from subjects import names
 from subjects.codec import decode, encode
 from subjects.messages import Claim, Grant, Load, MetricFamily, PrefillTask, Refusal
@@ -49,8 +53,10 @@ class _Offer:
 class DisaggregatedEngine:
     """Implements `Engine` over a decode engine and the prefill workers of its model."""
 
-    def __init__(self, engine: Engine, bus: Bus, worker: str, model: str) -> None:
+    def __init__(self, engine: Engine, bus: Bus, worker: str, model: str, presence: Presence, places: Places) -> None:
+        """`places` ranks the prefill workers."""
         self._engine, self._bus, self._worker, self._model = engine, bus, worker, model
+        self._presence, self._places = presence, places
         self._offers: dict[int, _Offer] = {}  # by room
         self._meetings = Meetings(bus, worker)
 
@@ -98,8 +104,9 @@ class DisaggregatedEngine:
             self._offers[room] = offer
             started, offered_s = False, time.monotonic()
             try:
-                await self._publish(request, room)
-                claim = await offer.claim
+                # Only the first offer is addressed: a worker that was just lost may still rank best.
+                best = await self._places.choose(self._model, request.token_ids) if number == 0 else None
+                claim = await self._claimed(request, room, offer, best)
                 claimed_s = time.monotonic()
                 metrics.PREFILL_CLAIM_SECONDS.observe(claimed_s - offered_s)
                 meeting = self._meetings.begin(room, claim.worker)
@@ -121,7 +128,18 @@ class DisaggregatedEngine:
                 del self._offers[room]
         raise PrefillLost(f"{OFFERS_MAX} prefill workers were lost", size=OFFERS_MAX, limit=OFFERS_MAX)
 
-    async def _publish(self, request: EngineRequest, room: int) -> None:
+    async def _claimed(self, request: EngineRequest, room: int, offer: _Offer, best: str | None) -> Claim:
+        """Offer the prompt, and who claimed it: `best` first, and anyone once that worker is known to be down."""
+        if best is not None:
+            with contextlib.suppress(WorkerGone):
+                async with self._presence.while_up(best):
+                    await self._publish(request, room, best)
+                    return await asyncio.shield(offer.claim)  # the end of the wait is not that of the offer
+            log.info("prefill_offered_anew", room=room, request_id=request.request_id, worker=best)
+        await self._publish(request, room, None)
+        return await offer.claim
+
+    async def _publish(self, request: EngineRequest, room: int, worker: str | None) -> None:
         task = PrefillTask(
             request_id=request.request_id,
             deadline_unix_s=request.deadline_unix_s,
@@ -134,10 +152,12 @@ class DisaggregatedEngine:
             output=request.output,
             priority=request.priority,
         )
+        to_any, to_one = names.PREFILL_ANY, names.PREFILL_WORKER
+        subject = to_one.of(model=self._model, worker=worker) if worker else to_any.of(model=self._model)
         await self._bus.publish_durable(
-            names.PREFILL_ANY.of(model=self._model),
+            subject,
             encode(task),
-            msg_id=f"{self._worker}.{room}",
+            msg_id=f"{self._worker}.{room}.{worker or ''}",  # the same room may be offered to one and then to any
             headers=tracing.outgoing(),
         )
 

@@ -1,20 +1,22 @@
-"""Claims over a real broker: an answer that was lost on its way must not leave a room to nobody."""
+"""Offers and claims over a real broker: neither a lost answer nor a lost worker may leave a room to nobody."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import pytest_asyncio
 
 from pipeline.bus import Bus, Received
 from pipeline.engine.disaggregated import Claims, DisaggregatedEngine
 from pipeline.engine.protocol import EngineInfo, EngineOutput, EngineRequest
-from pipeline.errors import NoResponders
+from pipeline.errors import NoResponders, PrefillLost
 from pipeline.nats_server import NatsServer
+from pipeline.presence import Presence
 from subjects import names, streams
-from subjects.codec import TokenIds, decode
-from subjects.messages import Load, PrefillTask, StopConditions
+from subjects.codec import TokenIds, decode, encode
+from subjects.messages import Heartbeat, Load, PrefillTask, StopConditions
 
 DEADLINE_S = 10.0
 PROMPT = TokenIds.of([5, 6, 7])
@@ -45,6 +47,20 @@ class Decoding:
     async def close(self) -> None: ...
 
 
+class Losing(Decoding):
+    """Loses the first prefill worker it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lost = False
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        if not self._lost:
+            self._lost = True
+            raise PrefillLost("p1 is lost")
+        yield EngineOutput(token_ids=TokenIds.of([1]), finish_reason="stop")
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[NatsServer]:
     server = NatsServer(tmp_path / "nats")
@@ -56,9 +72,23 @@ def server(tmp_path: Path) -> Iterator[NatsServer]:
 @pytest_asyncio.fixture
 async def bus(server: NatsServer) -> AsyncIterator[Bus]:
     bus = await Bus.connect(server.url, name="test")
-    await bus.provision(streams.STREAMS, (), ())
+    await bus.provision(streams.STREAMS, (), streams.BUCKETS)
     yield bus
     await bus.close()
+
+
+class Ranked:
+    """One prefill worker ranks best, for whatever prompt."""
+
+    def __init__(self, best: str | None) -> None:
+        self._best = best
+
+    async def choose(self, model: str, token_ids: TokenIds, session: str | None = None) -> str | None:
+        return self._best
+
+
+def beat(worker: str) -> Heartbeat:
+    return Heartbeat(worker=worker, role="prefill", incarnation="i", model="m", ready=True)
 
 
 async def offered(bus: Bus, decoding: Decoding) -> tuple[PrefillTask, "asyncio.Task[list[EngineOutput]]"]:
@@ -67,7 +97,7 @@ async def offered(bus: Bus, decoding: Decoding) -> tuple[PrefillTask, "asyncio.T
     await bus.subscribe(
         names.PREFILL_ANY.any(), lambda received: tasks.put_nowait(decode(PrefillTask, received.payload))
     )
-    engine = DisaggregatedEngine(decoding, bus, "d", "m")
+    engine = DisaggregatedEngine(decoding, bus, "d", "m", Presence(bus), Ranked(None))
     await engine.listen()
     await bus.flush()
     request = EngineRequest(rid="r", request_id="r", token_ids=PROMPT, stop=StopConditions(max_tokens=1))
@@ -110,6 +140,43 @@ async def test_a_lost_answer_is_asked_for_again(bus: Bus, server: NatsServer, mo
     await asyncio.wait_for(answering, DEADLINE_S)
     await other.close()
     assert lost
+
+
+async def test_the_best_worker_has_the_first_offer_and_anyone_the_next_where_it_is_lost(bus: Bus) -> None:
+    """It goes down before its claim: the same room is anyone's. Its engine is lost after a claim: a new room is."""
+    presence = Presence(bus)
+    await presence.start()
+    for worker in ("p0", "p1"):
+        await bus.publish(names.HEARTBEAT.of(role="prefill", worker=worker), encode(beat(worker)))
+    offers: asyncio.Queue[Received] = asyncio.Queue()
+    await bus.subscribe(names.PREFILL_TASKS, offers.put_nowait)
+    decoding = Losing()
+    engine = DisaggregatedEngine(decoding, bus, "d", "m", presence, Ranked("p0"))
+    await engine.listen()
+    await bus.flush()
+    request = EngineRequest(rid="r", request_id="r", token_ids=PROMPT, stop=StopConditions(max_tokens=1))
+
+    async def answer() -> list[EngineOutput]:
+        return [output async for output in engine.generate(request)]
+
+    async def next_offer() -> tuple[str, PrefillTask]:
+        offer = await asyncio.wait_for(offers.get(), DEADLINE_S)
+        return offer.subject, decode(PrefillTask, offer.payload)
+
+    answering = asyncio.create_task(answer())
+    subject, first = await next_offer()
+    assert subject == names.PREFILL_WORKER.of(model="m", worker="p0")
+    successor = msgspec.structs.replace(beat("p0"), incarnation="j")  # as when heartbeats stop, but at once
+    await bus.publish(names.HEARTBEAT.of(role="prefill", worker="p0"), encode(successor))
+    subject, again = await next_offer()
+    assert (subject, again.room) == (names.PREFILL_ANY.of(model="m"), first.room)
+    assert await Claims(bus, "p1", "i").claim(again)
+    assert await Claims(bus, "p0", "j").claim(first) is None
+    subject, second = await next_offer()
+    assert subject == names.PREFILL_ANY.of(model="m") and second.room != first.room
+    assert await Claims(bus, "p1", "i").claim(second)
+    assert len(await asyncio.wait_for(answering, DEADLINE_S)) == 1
+    await presence.close()
 
 
 async def test_a_gone_owner_costs_one_message(bus: Bus) -> None:

@@ -47,7 +47,7 @@ class Steps:
         self._written: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
 
     async def listen(self, bus: Bus) -> None:
-        await bus.subscribe(names.PREFILL_ANY.any(), self._hear_task)
+        await bus.subscribe(names.PREFILL_TASKS, self._hear_task)
         await bus.subscribe(names.BOOTSTRAP.any(), self._hear_handshake)
         await bus.flush()
 

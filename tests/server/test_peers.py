@@ -17,26 +17,27 @@ from pipeline.poll import pull_subject
 from pipeline.presence import Announcer, Presence
 from subjects import names, streams
 from subjects.limits import LEASE_S
-from subjects.messages import Heartbeat, ModelCard
+from subjects.messages import Heartbeat, ModelCard, Role
 from tests.server.conftest import DEADLINE_S, Log
 
 MODEL = "m"
 AT_ONCE_S = 0.1
+TAKES = {"decode": streams.decode_takes, "prefill": streams.prefill_takes}
 
 
 class Taker:
-    """A decode worker's puller, and the heartbeats that say whether it takes work."""
+    """A worker's puller, and the heartbeats that say whether it takes work."""
 
-    def __init__(self, bus: Bus, name: str) -> None:
-        self.bus, self.name = bus, name
+    def __init__(self, bus: Bus, name: str, role: Role) -> None:
+        self.bus, self.name, self.role = bus, name, role
         self.log, self.ready = Log(), True
         self.presence = Presence(bus)
-        self.announcer = Announcer(bus, "decode", name, MODEL, "i1", self._state)
-        self.own = streams.decode_worker(MODEL, name)
+        self.announcer = Announcer(bus, role, name, MODEL, "i1", self._state)
+        self.own = streams.own_consumer(role, MODEL, name)
         self.puller: Puller
 
     def _state(self) -> Heartbeat:
-        return Heartbeat(worker=self.name, role="decode", incarnation="i1", model=MODEL, ready=self.ready)
+        return Heartbeat(worker=self.name, role=self.role, incarnation="i1", model=MODEL, ready=self.ready)
 
     async def begin(self, slots: int) -> "Taker":
         await self.presence.start()
@@ -44,7 +45,7 @@ class Taker:
         await self.announcer.publish_card(
             ModelCard(
                 worker=self.name,
-                role="decode",
+                role=self.role,
                 model=MODEL,
                 incarnation="i1",
                 model_path="p",
@@ -56,8 +57,8 @@ class Taker:
                 kv_block_tokens=8,
             )
         )
-        self.peers = Peers(self.bus, self.presence, MODEL, self.name)
-        takes = streams.decode_takes(MODEL, self.name)
+        self.peers = Peers(self.bus, self.presence, self.role, MODEL, self.name)
+        takes = TAKES[self.role](MODEL, self.name)
         self.puller = await self.bus.pull(takes, self._take, credit=slots, others=self.peers)
         return self
 
@@ -85,13 +86,13 @@ class Taker:
 
 @pytest_asyncio.fixture
 async def team(nats_server, connect, bus, monkeypatch) -> AsyncIterator:
-    """Makes decode workers. Their looks at each other are quick here."""
+    """Makes workers. Their looks at each other are quick here."""
     monkeypatch.setattr(peers, "LOOK_S", 0.1)
     await bus.provision(streams.STREAMS, streams.CONSUMERS, streams.BUCKETS)
     made: list[Taker] = []
 
-    async def make(name: str, slots: int = 4) -> Taker:
-        made.append(await Taker(await connect(nats_server.url, name=name), name).begin(slots))
+    async def make(name: str, slots: int = 4, role: Role = "decode") -> Taker:
+        made.append(await Taker(await connect(nats_server.url, name=name), name, role).begin(slots))
         return made[-1]
 
     yield make
@@ -110,10 +111,10 @@ async def put(bus: Bus, worker: str | None, *payloads: str) -> float:
     return began_s
 
 
-async def until_asked(bus: Bus, worker: str, pulls: int) -> None:
+async def until_asked(bus: Bus, worker: str, pulls: int, role: Role = "decode") -> None:
     """Wait until so many pull requests are open at a worker's consumer, its own among them."""
     async with asyncio.timeout(DEADLINE_S):
-        while (await bus.consumer_state("WORK", streams.decode_worker(MODEL, worker).name)).waiting != pulls:
+        while (await bus.consumer_state("WORK", streams.own_consumer(role, MODEL, worker).name)).waiting != pulls:
             await bus.flush()
 
 
@@ -159,9 +160,26 @@ async def test_an_idle_peer_takes_what_a_worker_that_takes_none_was_given(bus, t
         await away.log.until(lambda items: items)
 
 
+async def test_prefill_workers_help_each_other_and_nobody_else(bus, team):
+    """Its own worker first; once that is busy or dead an idle one of its role, and at once; never a decode worker."""
+    own, idle, decoding = await team("p1", 1, "prefill"), await team("p2", 4, "prefill"), await team("p1")
+    subject = names.PREFILL_WORKER.of(model=MODEL, worker="p1")
+    await until_asked(bus, "p1", 2, "prefill")
+    await bus.publish_durable(subject, b"a")
+    await own.log.until(lambda items: items)
+    for payload in (b"b", b"c"):
+        began_s = time.monotonic()
+        await bus.publish_durable(subject, payload)
+        await idle.log.until(lambda items, payload=payload: items and items[-1][0] == payload.decode())
+        assert idle.log.items[-1][2] - began_s < AT_ONCE_S
+        if own.bus.connected:
+            await own.die()
+    assert (own.got(), idle.got(), decoding.got()) == (["a"], ["b", "c"], [])
+
+
 async def test_a_frozen_worker_costs_one_lease(bus, team):
     """It has asked for several and hears none: what it got comes back with its lease's end, and not to it again."""
-    idle, frozen = await team("w2"), streams.decode_worker(MODEL, "w1")
+    idle, frozen = await team("w2"), streams.own_consumer("decode", MODEL, "w1")
     await bus.ensure_consumer(frozen)
     inbox = bus.new_inbox()
     await bus.subscribe(inbox, lambda _: None)
@@ -225,7 +243,7 @@ async def test_a_model_s_pause_holds_addressed_tasks_as_well(bus, team, nats_ser
     await put(bus, "w1", "a")
     await put(bus, "w2", "b")
     await bus.flush()
-    late = streams.decode_worker(MODEL, "late")
+    late = streams.own_consumer("decode", MODEL, "late")
     await bus.ensure_consumer(late)
     await keep_paused(bus, MODEL, "late")
     assert (await bus.consumer_state("WORK", late.name)).paused_until_unix_s

@@ -18,7 +18,7 @@ from pipeline.bus import Bus
 from pipeline.cancel import Cancellations
 from pipeline.chat import ChatTokenizer, LoadedModel
 from pipeline.client import Client
-from pipeline.config import BUILTIN_MODEL, SimulatedSettings
+from pipeline.config import BUILTIN_MODEL, RoutingSettings, SimulatedSettings
 from pipeline.engine.disaggregated import Claims, DisaggregatedEngine
 from pipeline.engine.protocol import EngineOutput, EngineRequest
 from pipeline.engine.sglang.handshake import Address
@@ -27,6 +27,7 @@ from pipeline.engine.simulated import SimulatedEngine
 from pipeline.lease import LeaseKeeper
 from pipeline.models import prepare_model
 from pipeline.nats_server import NatsServer
+from pipeline.placement import Placements
 from pipeline.presence import Presence
 from pipeline.responses import StreamLog
 from pipeline.runner import Runner
@@ -93,7 +94,9 @@ async def pipeline(nats_server: NatsServer) -> AsyncIterator[str]:
     ]
     for engine in engines:
         await engine.start()
-    owner = DisaggregatedEngine(engines[0], bus, "d0", MODEL)
+    presence = Presence(bus)
+    places = Placements(bus, presence, RoutingSettings(policy="any"), "prefill")
+    owner = DisaggregatedEngine(engines[0], bus, "d0", MODEL, presence, places)
     await owner.listen()
     runners = []
 
@@ -104,7 +107,7 @@ async def pipeline(nats_server: NatsServer) -> AsyncIterator[str]:
 
     await run(preprocess.bind(models=OneModel(), places=Anywhere()), streams.PREPROCESS)
     await run(decode.bind(engine=owner, responses=StreamLog(bus), worker="d0"), streams.decode_any(MODEL))
-    claims, presence = Claims(bus, "p0", "i"), Presence(bus)
+    claims = Claims(bus, "p0", "i")
     await run(prefill.bind(engine=engines[1], claims=claims, presence=presence), streams.prefill_any(MODEL))
     yield nats_server.url
     for runner in runners:

@@ -46,7 +46,7 @@ class Workers:
     states: list[WorkerState] = field(default_factory=list)
 
     def workers(self, role: str, model: str) -> list[WorkerState]:
-        assert (role, model) == ("decode", "m")
+        assert model == "m" and role in ("decode", "prefill")
         return self.states
 
 
@@ -146,3 +146,7 @@ def test_a_prompt_is_addressed_only_where_that_makes_a_difference(workers: Worke
     card = msgspec.structs.replace(unlike[0].card, disaggregation="decode")
     workers.states = [replace(each, card=card) for each in unlike]
     assert placing(workers, index).choose(PROMPT) is None  # they compute no prompts
+    card = msgspec.structs.replace(card, disaggregation="prefill")
+    workers.states = [replace(each, card=card) for each in unlike]
+    ours = Placement(workers, Router(RoutingSettings(seed=1)), PromptHasher(), model="m", role="prefill", index=index)
+    assert ours.choose(PROMPT) == "b"  # and these do

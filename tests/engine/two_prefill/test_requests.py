@@ -113,7 +113,7 @@ class Moments:
         self._reached: defaultdict[tuple[str, str], asyncio.Event] = defaultdict(asyncio.Event)
 
     async def listen(self) -> None:
-        await self._bus.subscribe(names.PREFILL_ANY.any(), self._hear_task)
+        await self._bus.subscribe(names.PREFILL_TASKS, self._hear_task)
         await self._bus.subscribe(names.CLAIM.any(), self._hear_claim)
         await self._bus.subscribe(names.BOOTSTRAP.any(), self._hear_handshake)
         await self._bus.flush()
