@@ -211,6 +211,7 @@ class Claims:
     def __init__(self, bus: Bus, worker: str, incarnation: str) -> None:
         self._bus, self._worker, self._incarnation = bus, worker, incarnation
         self._granted: deque[int] = deque(maxlen=GRANTED_MAX)
+        self._asked: set[int] = set()  # rooms whose owner has not answered yet
 
     @property
     def worker(self) -> str:
@@ -218,10 +219,14 @@ class Claims:
 
     async def claim(self, task: PrefillTask) -> Room | None:
         """The room, if its owner still waits for it. Raises BusUnavailable where the owner does not answer."""
-        if task.room in self._granted:  # its ack was lost, and the task came again
+        if task.room in self._granted or task.room in self._asked:  # it was offered twice, or its ack was lost
             return None
         claim = Claim(room=task.room, worker=self._worker, incarnation=self._incarnation)
-        answer = await self._ask(names.CLAIM.of(worker=task.owner), encode(claim))
+        self._asked.add(task.room)
+        try:
+            answer = await self._ask(names.CLAIM.of(worker=task.owner), encode(claim))
+        finally:
+            self._asked.discard(task.room)
         try:
             grant = decode(Grant, answer.payload)
         except msgspec.DecodeError as error:

@@ -120,6 +120,18 @@ async def test_one_worker_gets_a_room_and_only_once(bus: Bus) -> None:
     assert len(await asyncio.wait_for(answering, DEADLINE_S)) == 1
 
 
+async def test_two_offers_of_a_room_at_once_are_one_room(bus: Bus) -> None:
+    """A worker that was taken for dead may pull what was addressed to it and what was offered to all."""
+    decoding = Decoding()
+    task, answering = await offered(bus, decoding)
+    claims = Claims(bus, "p0", "i")
+    async with asyncio.timeout(DEADLINE_S):
+        rooms = await asyncio.gather(claims.claim(task), claims.claim(task))
+    assert sorted(room is None for room in rooms) == [False, True]
+    decoding.kv.set()
+    assert len(await asyncio.wait_for(answering, DEADLINE_S)) == 1
+
+
 async def test_a_lost_answer_is_asked_for_again(bus: Bus, server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The owner grants, and its first answer gets lost: without a second one it would wait for ever."""
     lost: list[Received] = []
