@@ -49,19 +49,24 @@ async def addressed(bus: Bus, models: Iterable[str] | None = None, role: str | N
 
     Raises BusUnavailable, BrokerRefused.
     """
+    return _addressed(await bus.consumer_names(streams.WORK.name), models, role)
+
+
+async def all_consumers(bus: Bus, models: Iterable[str]) -> list[ConsumerSpec]:
+    """Every consumer that there is of a pipeline that serves these models. Raises as `addressed`."""
+    served, there = tuple(models), await bus.consumer_names(streams.WORK.name)
+    shared = (spec for spec in streams.all_consumers(served) if spec.stream != streams.WORK.name or spec.name in there)
+    return [*shared, *_addressed(there, served)]
+
+
+def _addressed(there: Iterable[str], models: Iterable[str] | None, role: str | None = None) -> list[ConsumerSpec]:
     wanted = None if models is None else {names.token(model) for model in models}
-    found = (streams.whose_consumer(name) for name in await bus.consumer_names(streams.WORK.name))
+    found = (streams.whose_consumer(name) for name in there)
     return [
         streams.own_consumer(*whose)
         for whose in sorted(filter(None, found))
         if role in (None, whose[0]) and (wanted is None or whose[1] in wanted)
     ]
-
-
-async def all_consumers(bus: Bus, models: Iterable[str]) -> list[ConsumerSpec]:
-    """Every consumer of a pipeline that serves these models, the workers' own among them. Raises as `addressed`."""
-    served = tuple(models)
-    return [*streams.all_consumers(served), *await addressed(bus, served)]
 
 
 class Peers:

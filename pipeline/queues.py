@@ -54,7 +54,7 @@ class QueueReader:
     async def read(self, models: Iterable[str]) -> Queues | None:
         """The state of everything that a pipeline with these models has; None where the broker does not answer.
 
-        A consumer that is not there yet (no decode worker of the model has ever started) is left out.
+        A consumer that is not there yet (no worker of its kind has ever started) is left out.
         """
         try:
             async with asyncio.timeout(ASK_S_MAX):

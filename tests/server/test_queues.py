@@ -50,6 +50,7 @@ async def test_it_tells_what_waits_what_is_in_work_and_since_when(pipeline: Bus,
     await pipeline.ack(first)
     acked = await reader.read(["m"])  # the floor moved: the second task is the oldest now
     assert acked.depths["decode", "m"] == 2
+    assert acked.storage.api_errors == idle.storage.api_errors, "a consumer that is not there was asked for"
     second = await pipeline.next_stored("WORK", names.DECODE_ANY.of(model="m"), 1)
     second_age_s = time.time() - second.stored_unix_s
     assert 0 < acked.oldest_s[KEY] <= second_age_s
