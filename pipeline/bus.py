@@ -42,6 +42,7 @@ from pipeline.errors import (
 from pipeline.jetstream import (
     MESSAGE_TOO_LARGE,
     NO_LEADER,
+    NO_MESSAGE,
     NO_SPACE,
     NS,
     STATUS,
@@ -54,6 +55,7 @@ from pipeline.jetstream import (
     StoredMessage,
     StreamState,
     answer_of,
+    stored_of,
 )
 from pipeline.puller import Others, Puller
 from subjects import headers as header_names
@@ -693,28 +695,60 @@ class Bus:
     ) -> AsyncIterator[StoredMessage]:
         """The messages that a stream now has on a subject, in order.
 
-        Each `READ_BATCH` messages may take `timeout_s`, outages included; then it raises BusUnavailable.
+        Each `READ_BATCH` messages may take `timeout_s`, outages included; then it raises BusUnavailable. In a cluster
+        any replica hands them over, and one may be behind: what the stream has is its leader's word.
         """
+        end, deadline_s = None, time.monotonic() + timeout_s
         while True:
             read = functools.partial(self._read_batch, stream, subject, from_seq)
             batch = await self._retried(read, timeout_s, f"stream {stream} could not be read", _may_pass)
             for message in batch:
                 yield message
-            if len(batch) < READ_BATCH:
+            if batch:
+                from_seq, deadline_s = batch[-1].seq + 1, time.monotonic() + timeout_s
+            if len(batch) == READ_BATCH:
+                continue
+            last = await self._ask_leader(stream, {"last_by_subj": subject}, timeout_s)
+            last_seq = last.seq if last else 0
+            end = last_seq if end is None else min(end, last_seq)
+            if end < from_seq:
                 return
-            from_seq = batch[-1].seq + 1
+            if time.monotonic() > deadline_s:
+                raise BusUnavailable(f"no replica of stream {stream} came up to its leader within {timeout_s:g} s")
+            await asyncio.sleep(PAUSE_S_MIN)
 
     async def stored_at(self, stream: str, seq: int) -> StoredMessage | None:
         """The message that a stream has under a sequence number; None where it has none. Raises BusUnavailable."""
-        return await self._get(stream, b'{"seq":%d}' % seq)
+        return await self._ask_leader(stream, {"seq": seq})
 
     async def last(self, stream: str, subject: str) -> StoredMessage | None:
         """The newest message that a stream has on a subject; None where it has none. Raises BusUnavailable."""
-        return await self._get(stream, msgspec.json.encode({"last_by_subj": subject}))
+        return await self._ask_leader(stream, {"last_by_subj": subject})
 
     async def next_stored(self, stream: str, subject: str, from_seq: int) -> StoredMessage | None:
-        """The oldest message on a subject from a sequence number on; None where it has none. Raises BusUnavailable."""
+        """The oldest message on a subject from a sequence number on, as any replica knows it; None where there is none.
+
+        Raises BusUnavailable.
+        """
         return await self._get(stream, msgspec.json.encode({"seq": from_seq, "next_by_subj": subject}))
+
+    async def _ask_leader(
+        self, stream: str, which: dict[str, Any], timeout_s: float = API_S_MAX
+    ) -> StoredMessage | None:
+        """One message, in the words of the stream's leader: no election's loser answers."""
+        payload = msgspec.json.encode(which)
+
+        async def ask(timeout_s: float) -> StoredMessage | None:
+            try:
+                return stored_of(await self._call_api(f"{names.JS_API}.STREAM.MSG.GET.{stream}", payload, timeout_s))
+            except BrokerRefused as refusal:
+                if refusal.error_number == NO_MESSAGE:
+                    return None
+                if refusal.error_number == STREAM_NOT_FOUND:
+                    raise NoResponders(f"there is no stream {stream}") from None
+                raise
+
+        return await self._retried(ask, timeout_s, f"stream {stream} could not be read", _may_pass)
 
     async def _get(self, stream: str, which: bytes) -> StoredMessage | None:
         """One message by Direct Get (NATS ADR-31)."""

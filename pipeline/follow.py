@@ -29,7 +29,8 @@ LAG_S_MAX: Final = 2.0
 """The log takes a frame in a moment after live readers had it, and what an outage swallowed is sent again: a gap that
 stays for longer is real."""
 LAG_STEP_S: Final = 0.02
-READ_S_MAX: Final = 10.0
+READ_S_MAX: Final = 20.0
+"""An outage may last so long; a cluster's election takes 4 to 10 s."""
 _KEPT: Final = "the log has no older frames, or lost them"
 
 
@@ -198,13 +199,18 @@ class Follower:
             )
 
     async def _bridged(self, frame: Frame) -> AsyncIterator[Frame]:
-        """From the log, what is missing before a frame that was heard live. Raises OutputGone."""
-        deadline_s = time.monotonic() + LAG_S_MAX
+        """From the log, what is missing before a frame that was heard live. Raises OutputGone, BusUnavailable.
+
+        The time that the log may lag begins when it can be read: while a cluster elects its leader, nobody can send
+        again what the last one took with it.
+        """
+        readable_s: float | None = None
         while self._output.missing(frame):
             async for new in self._logged():
                 yield new
             if self._output.missing(frame):
-                if time.monotonic() > deadline_s:
+                readable_s = readable_s or time.monotonic()
+                if time.monotonic() > readable_s + LAG_S_MAX:
                     raise self._gone(frame)
                 await asyncio.sleep(LAG_STEP_S)
 

@@ -3,6 +3,7 @@
 Pure: bytes and subjects in, structs out. The wire formats are those of NATS ADR-1, ADR-15 and ADR-31.
 """
 
+from base64 import b64decode
 from datetime import datetime
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ STORE_FAILED: Final = 10077  # its text says which "maximum ... exceeded"
 NO_SPACE: Final = (10023, 10047, 10028)
 MESSAGE_TOO_LARGE: Final = 10054
 WRONG_LAST_SEQ: Final = 10071
+NO_MESSAGE: Final = 10037
 NO_LEADER: Final = (10008, 10009)
 JETSTREAM_OFF: Final = (10039, 10076)
 
@@ -119,6 +121,15 @@ def delivery_of(received: Received) -> Delivery:
         stored_unix_s=int(tokens[at + 5]) / NS,
         ack_subject=received.reply,
     )
+
+
+def stored_of(answer: dict[str, Any]) -> StoredMessage:
+    """The message in an answer to STREAM.MSG.GET, with the headers that a Direct Get would give it."""
+    message = answer["message"]
+    lines = b64decode(message.get("hdrs", "")).decode().splitlines()[1:]  # the first names the protocol
+    headers = {name: value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
+    headers[TIME_STAMP] = message["time"]
+    return StoredMessage(message["subject"], b64decode(message.get("data", "")), headers, message["seq"])
 
 
 def answer_of(payload: bytes) -> dict[str, Any]:

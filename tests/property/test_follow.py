@@ -121,3 +121,27 @@ async def test_a_gap_that_stays_is_an_error_and_no_token_behind_it_is_given(monk
         async for frame in reader.begin():
             given_out += frame.token_ids.tolist()
     assert given_out == OUTPUT[:5]
+
+
+async def test_the_log_s_lag_begins_when_it_can_be_read(monkeypatch: pytest.MonkeyPatch):
+    """A cluster elects the log's leader for longer than the log may lag, and only then what is missing is sent again."""
+    monkeypatch.setattr("pipeline.follow.LAG_S_MAX", 0.05)
+    first, missing, last = cut([5, 10])
+
+    class Leaderless(Log):
+        async def read(self, stream: str, subject: str, *, timeout_s: float) -> AsyncIterator[StoredMessage]:
+            if len(self.frames) > 1:
+                await asyncio.sleep(0.2)
+                asyncio.get_running_loop().call_later(0.02, self.frames.append, missing)
+            async for stored in super().read(stream, subject, timeout_s=timeout_s):
+                yield stored
+
+    log = Leaderless()
+    log.frames = [first]
+    live: LiveFrames = asyncio.Queue()
+    reader = follower(log, live, 0)
+    tokens = [token async for frame in reader.begin() for token in frame.token_ids.tolist()]
+    log.frames = [first, last]
+    live.put_nowait(last)
+    tokens += [token async for frame in reader.to_the_end() for token in frame.token_ids.tolist()]
+    assert tokens == OUTPUT

@@ -123,6 +123,34 @@ async def test_reading_gives_headers(queue):
     assert (message.headers["Nats-Msg-Id"], message.headers["A"]) == ("x", "b")
 
 
+async def test_a_replica_that_is_behind_is_asked_again(queue, monkeypatch):
+    """In a cluster, one that was restarted answers for a second or so before it has everything."""
+    await store(queue, 5, "a")
+    read_batch = queue._read_batch
+
+    async def behind(stream: str, subject: str, from_seq: int, timeout_s: float):
+        batch = await read_batch(stream, subject, from_seq, timeout_s)
+        return batch[:2] if from_seq == 1 else batch
+
+    monkeypatch.setattr(queue, "_read_batch", behind)
+    assert await read_all(queue, "queue.a") == [b"%d" % i for i in range(5)]
+
+
+async def test_one_message_is_read_as_it_was_stored(queue):
+    began_s = time.time()
+    await queue.publish_durable("queue.a", b"\x00\xff", msg_id="x", headers={"A": "b: c"})
+    await queue.publish("queue.b", b"")
+    await queue.flush()
+    for message in (await queue.last(QUEUE.name, "queue.a"), await queue.stored_at(QUEUE.name, 1)):
+        assert (message.subject, message.payload, message.seq) == ("queue.a", b"\x00\xff", 1)
+        assert (message.headers["Nats-Msg-Id"], message.headers["A"]) == ("x", "b: c")
+        assert abs(message.stored_unix_s - began_s) < 5
+    bare = await queue.last(QUEUE.name, "queue.b")
+    assert (bare.payload, bare.seq) == (b"", 2)
+    assert await queue.last(QUEUE.name, "queue.c") is None
+    assert await queue.stored_at(QUEUE.name, 3) is None
+
+
 async def test_reading_no_stream_is_told(bus):
     with pytest.raises(BusUnavailable, match=r"could not be read within .* there is no stream QUEUE"):
         await read_all(bus, "queue.a", timeout_s=0.3)
