@@ -18,9 +18,10 @@ demo *args: setup
 up *args: setup
     @{{bin}}/sglang-nats up {{args}}
 
-# Lint, then run every test
-test *args: check
-    {{bin}}/pytest {{args}}
+# Lint, then run every test: what starts engines or kills workers alone, the rest, which mostly waits, three at a time
+test: check
+    {{bin}}/pytest tests/engine tests/faults tests/interop
+    {{bin}}/pytest -n 3 --dist loadfile tests/property tests/server tests/unit
 
 # Lint and check the formatting
 check: setup
