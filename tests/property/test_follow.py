@@ -124,7 +124,7 @@ async def test_a_gap_that_stays_is_an_error_and_no_token_behind_it_is_given(monk
 
 
 async def test_the_log_s_lag_begins_when_it_can_be_read(monkeypatch: pytest.MonkeyPatch):
-    """A cluster elects the log's leader for longer than the log may lag, and only then what is missing is sent again."""
+    """A cluster elects a leader for longer than the log may lag, and only then what is missing is sent again."""
     monkeypatch.setattr("pipeline.follow.LAG_S_MAX", 0.05)
     first, missing, last = cut([5, 10])
 
