@@ -23,7 +23,7 @@ from tokenizers.processors import TemplateProcessing
 
 from pipeline.errors import EngineStartError, InvalidRequest
 from subjects.codec import TokenIds
-from subjects.messages import ChatMessage, Request
+from subjects.messages import ChatMessage, Embedding, Request
 
 _SPECIAL_TOKENS: Final = (
     "bos_token",
@@ -255,6 +255,11 @@ class ChatTokenizer:
         """
         return TokenIds.of(self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
+    def encode_each(self, texts: Sequence[str]) -> tuple[TokenIds, ...]:
+        """Each text with the special tokens that the model puts around one: u32[num_tokens]."""
+        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=True)
+        return tuple(TokenIds.of(one.ids) for one in found)
+
     def decode(self, token_ids: TokenIds, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=skip_special_tokens)
 
@@ -271,6 +276,7 @@ class LoadedModel:
     tokenizer: ChatTokenizer
     context_len_tokens: int  # of the workers that serve it: may be less than the model's own
     chat_template: str | None = None  # replaces the tokenizer's own
+    embedding: Embedding | None = None  # of one that is asked for vectors
 
     def tokenize(self, request: Request) -> TokenIds:
         """The prompt, u32[num_prompt_tokens]. Raises InvalidRequest where the chat template refuses the messages."""
@@ -281,6 +287,11 @@ class LoadedModel:
             return self.tokenizer.encode(request.prompt, add_special_tokens=True)
         assert request.prompt is not None, "parse_request lets no request pass without messages or prompt"
         return TokenIds.of(request.prompt)
+
+    def tokenize_inputs(self, inputs: Sequence[str] | Sequence[Sequence[int]]) -> tuple[TokenIds, ...]:
+        """What is to be embedded, each u32[num_tokens]; token ids stay as they are."""
+        texts = [one for one in inputs if isinstance(one, str)]
+        return self.tokenizer.encode_each(texts) if texts else tuple(TokenIds.of(one) for one in inputs)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -615,6 +615,7 @@ def _number(text: str) -> Any:
 _stage_command("preprocess", "Take requests, check and tokenize them, and pass them on to decode workers.")
 _stage_command("decode", "Run a model: own requests from their first token to their last frame.")
 _stage_command("prefill", "Run a model's prompts for its decode workers, and write their KV to them by RDMA.")
+_stage_command("embed", "Run an embedding model: turn texts into vectors.")
 _stage_command("telemetry", "Collect metrics and heartbeats, and serve them to Prometheus.")
 _stage_command("gateway", "Serve OpenAI's API over HTTP, with every request and answer on the pipeline.")
 

@@ -20,14 +20,15 @@ import structlog
 
 from pipeline import metrics
 from pipeline.bus import Bus, Received, Subscription
-from pipeline.errors import InvalidRequest, Overloaded, PipelineError
+from pipeline.embeddings import Embeddings
+from pipeline.errors import InvalidRequest, Overloaded, PipelineError, from_failure
 from pipeline.follow import Follower, LiveFrames, Output, Pause
-from pipeline.openai import identify
+from pipeline.openai import identify, inputs_of
 from pipeline.tracing import TraceContext
 from subjects import headers, names, streams
 from subjects.codec import decode, encode
 from subjects.limits import CHOICES_MAX, REQUEST_S_DEFAULT
-from subjects.messages import Cancel, Frame, PreprocessedRequest, Request
+from subjects.messages import Cancel, EmbeddingRequest, Frame, OwnedTask, Request
 
 SCANNED_MAX: Final = 20_000
 """So many waiting tasks are looked through for a request that the log does not know."""
@@ -172,6 +173,40 @@ class Client:
             if left:
                 await self.cancel(request_id)
 
+    async def embed(self, *, model: str, traceparent: str | None = None, **fields: Any) -> Embeddings:
+        """The vectors of one input or many; `fields` are those of `subjects.messages.EmbeddingRequest`.
+
+        Cancelling it cancels the request. Raises what `generate` raises, and the error of the first input that failed.
+        """
+        filled = {"request_id": uuid.uuid4().hex, "deadline": time.time() + REQUEST_S_DEFAULT} | fields
+        request = EmbeddingRequest(**filled)
+        check_token("request_id", filled["request_id"])
+        answer = Embeddings(filled["request_id"], model, inputs_of(request.input))
+        await self.collect(answer, encode(request), deadline_unix_s=filled["deadline"], traceparent=traceparent)
+        return answer
+
+    async def collect(
+        self, answer: Embeddings, payload: bytes, *, deadline_unix_s: float, traceparent: str | None = None
+    ) -> None:
+        """As `embed`, of a request that is encoded already: fill its answer."""
+        frames = self.run(
+            answer.model,
+            payload,
+            answer.request_id,
+            answer.inputs,
+            deadline_unix_s=deadline_unix_s,
+            traceparent=traceparent,
+        )
+        try:
+            async with contextlib.aclosing(frames):
+                async for frame in frames:
+                    answer.add(frame)
+        except asyncio.CancelledError:
+            await self.cancel(answer.request_id)
+            raise
+        if answer.failure is not None:
+            raise from_failure(answer.failure)
+
     async def run(
         self,
         model: str,
@@ -259,10 +294,11 @@ class Client:
             identity = identify(stored.payload, stored.headers or {}, stored.seq)
             if identity.client == self.name:
                 found.add(identity.request_id)
-        async for stored in self._bus.read(streams.WORK.name, names.DECODE_TASKS):  # after: requests move this way
-            work = decode(PreprocessedRequest, stored.payload)
-            if work.client == self.name:
-                found.add(work.request_id)
+        for tasks in names.OWNED_TASKS:  # after: requests move this way
+            async for stored in self._bus.read(streams.WORK.name, tasks):
+                work = decode(OwnedTask, stored.payload)
+                if work.client == self.name:
+                    found.add(work.request_id)
         return found
 
     async def _is_held(self, request_id: str) -> bool:

@@ -55,6 +55,7 @@ class SimulatedSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     prefill_us_per_token: Annotated[float, msgspec.Meta(ge=0, le=1_000_000)] = 0.0  # beside ttft_ms, if not cached
     kv_block_tokens: Annotated[int, msgspec.Meta(ge=1, le=65_536)] = 16
     kv_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0  # the KV cache; 0: max_running_requests full contexts
+    embedding_dimensions: Annotated[int, msgspec.Meta(ge=1, le=65_536)] = 384  # embed: of a whole vector
 
 
 class RoutingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -186,7 +187,7 @@ class TopologySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         return WorkerSettings(worker=name, nats=url, responses_kept_s=self.responses_kept_s, **shared)
 
 
-ROLES_OF_ONE_MODEL: Final = frozenset({"decode", "prefill"})
+ROLES_OF_ONE_MODEL: Final = frozenset({"decode", "prefill", "embed"})
 
 
 def load_worker(

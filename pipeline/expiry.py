@@ -30,7 +30,7 @@ from pipeline.stage import begin_frames, end_with_error
 from pipeline.tracing import TraceContext
 from subjects import names, streams
 from subjects.codec import decode
-from subjects.messages import PreprocessedRequest, Work
+from subjects.messages import OwnedTask, Work
 
 PASS_S: Final = 1.0
 GRACE_S: Final = 1.0
@@ -53,7 +53,7 @@ class Sweeper:
     def __init__(self, bus: Bus, responses: ResponseLog) -> None:
         self._bus, self._responses = bus, responses
         self._noted: list[tuple[float, int]] = []  # a heap of when to look, and at which message
-        self._from_seq = 1  # the first message that has not been looked at
+        self._from_seq: dict[str, int] = {}  # by kind of task: the first message that has not been looked at
         self._created_unix_s = 0.0  # of the stream
 
     async def run(self) -> None:
@@ -73,25 +73,27 @@ class Sweeper:
         state = await self._bus.stream_state(streams.WORK.name)
         another = state.created_unix_s != self._created_unix_s  # the broker's store was wiped
         if another or not state.messages or len(self._noted) >= NOTED_MAX:
-            self._noted, self._from_seq, self._created_unix_s = [], state.first_seq, state.created_unix_s
+            self._noted, self._created_unix_s = [], state.created_unix_s
+            self._from_seq = dict.fromkeys(names.OWNED_TASKS, state.first_seq)
         if state.messages:
-            await self._note_waiting()
+            for tasks in names.OWNED_TASKS:
+                await self._note_waiting(tasks)
         return await self._end_expired(state.first_seq)
 
-    async def _note_waiting(self) -> None:
+    async def _note_waiting(self, tasks: str) -> None:
         """Note the deadlines of messages that have waited for a while and are not noted yet."""
         young_unix_s = time.time() - WAITED_S
-        first = await self._bus.next_stored(streams.WORK.name, names.DECODE_TASKS, self._from_seq)
+        first = await self._bus.next_stored(streams.WORK.name, tasks, self._from_seq[tasks])
         if first is None or first.stored_unix_s > young_unix_s:
             return
-        waiting = self._bus.read(streams.WORK.name, names.DECODE_TASKS, from_seq=first.seq)
+        waiting = self._bus.read(streams.WORK.name, tasks, from_seq=first.seq)
         count = 0
         async with contextlib.aclosing(waiting):
             async for stored in waiting:
                 if stored.stored_unix_s > young_unix_s or count == READ_MAX:
                     return
                 self._note(stored)
-                self._from_seq, count = stored.seq + 1, count + 1
+                self._from_seq[tasks], count = stored.seq + 1, count + 1
 
     def _note(self, stored: StoredMessage) -> None:
         """What cannot be read is left to the worker that takes it, and its dead letter."""
@@ -128,7 +130,7 @@ class Sweeper:
         stored = await self._bus.stored_at(streams.WORK.name, seq)
         if stored is None:
             return
-        request = decode(PreprocessedRequest, stored.payload)
+        request = decode(OwnedTask, stored.payload)
         if request.deadline_unix_s is None or request.deadline_unix_s + GRACE_S > time.time():
             return  # another message: the broker lost its store
         tracing.current.set(TraceContext.of(stored.headers, f"{streams.WORK.name}.{seq}.{stored.stored_unix_s}"))
@@ -140,7 +142,7 @@ class Sweeper:
             await self._bus.api(f"STREAM.MSG.DELETE.{streams.WORK.name}", {"seq": seq, "no_erase": True})
 
 
-async def end_expired(bus: Bus, responses: ResponseLog, request: PreprocessedRequest) -> None:
+async def end_expired(bus: Bus, responses: ResponseLog, request: OwnedTask) -> None:
     """End every choice that has no end yet. Raises LeaseLost where a later owner came, BusUnavailable."""
     owner = Owner(bus, request)
     attempt = await owner.write_down(attempt=2)  # above that of a first owner, which writes nothing down

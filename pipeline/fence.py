@@ -25,7 +25,7 @@ from pipeline.lease import Lease, LeaseLost
 from pipeline.stage import Emit, begin_frames
 from subjects import headers, names, streams
 from subjects.codec import decode, encode
-from subjects.messages import Frame, PreprocessedRequest
+from subjects.messages import Frame, OwnedTask
 
 FORGOTTEN_S_MAX: Final = 0.5
 """A delivery older than this at its broker's death is on the broker's disk. Measured: 0.06 to 0.09 s."""
@@ -62,7 +62,7 @@ class BrokerAge:
 class Owner:
     """Our place among the owners of a request, by which the broker takes terminal frames or refuses them."""
 
-    def __init__(self, bus: Bus, request: PreprocessedRequest) -> None:
+    def __init__(self, bus: Bus, request: OwnedTask) -> None:
         self._bus, self._request = bus, request
         self._subject = names.OWNERS.of(client=request.client, request_id=request.request_id)
         self._seq = 0  # of our word there; 0: the first owner writes none
@@ -132,7 +132,7 @@ class Fence:
         await self._bus.until_connected_for(RETURN_S_MAX)
         return self._delivery.attempt + 1
 
-    async def own(self, request: PreprocessedRequest, attempt: int) -> int:
+    async def own(self, request: OwnedTask, attempt: int) -> int:
         """Become the owner that this request's frames and ends are taken from; the attempt, above all earlier ones.
 
         Raises LeaseLost, BusUnavailable.

@@ -57,12 +57,12 @@ class Output:
     only: int | None = None
     _progress: dict[int, Progress] = field(default_factory=dict)
     _last: dict[int, Frame] = field(default_factory=dict)  # the newest frame of each choice
+    _ended: set[int] = field(default_factory=set)
 
     @property
     def whole(self) -> bool:
         """Whether every wanted choice has ended."""
-        wanted = range(self.choices) if self.only is None else (self.only,)
-        return all(choice in self._progress and self._progress[choice].end for choice in wanted)
+        return len(self._ended) >= self.choices if self.only is None else self.only in self._ended
 
     @property
     def begun(self) -> bool:
@@ -102,6 +102,8 @@ class Output:
         if not progress.add(frame):
             return None
         self._last[frame.choice] = frame
+        if progress.end is not None:
+            self._ended.add(frame.choice)
         known = have - frame.index
         if known <= 0 or not frame.token_ids:
             return frame
@@ -218,7 +220,8 @@ class Follower:
         """The next live frame, or why there is none. Raises DeadlineExceeded."""
         remaining_s = self._deadline_unix_s + GRACE_S - time.time()
         try:
-            return await asyncio.wait_for(self._live.get(), max(0.0, min(remaining_s, SILENCE_S)))
+            async with asyncio.timeout(max(0.0, min(remaining_s, SILENCE_S))):  # 3.11's wait_for may lose a cancel
+                return await self._live.get()
         except TimeoutError:
             if remaining_s > SILENCE_S:
                 return Pause.SILENCE

@@ -175,4 +175,6 @@ def queues_of(role: str, model: str | None) -> tuple[StreamSpec, str] | None:
             return streams.WORK, names.tasks_of(names.DECODE_TASKS, named)
         case "prefill" if named:
             return streams.WORK, names.tasks_of(names.PREFILL_TASKS, named)
+        case "embed" if named:
+            return streams.WORK, names.EMBED_ANY.of(model=named)
     return None

@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 
@@ -25,12 +25,15 @@ from pipeline.refusals import clipped, refusal
 from subjects import headers, limits, names
 from subjects.codec import Format, TokenIds, decode, format_of
 from subjects.messages import (
+    EmbeddingRequest,
     OutputOptions,
     PreprocessedRequest,
     Request,
     SamplingOptions,
     StopConditions,
 )
+
+R = TypeVar("R", Request, EmbeddingRequest)
 
 JSON_OBJECT: Final = '{"type": "object"}'
 """The schema behind the response format "json_object", as SGLang has it."""
@@ -66,12 +69,30 @@ class IdentifiedRequest:
     reader: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Envelope(Generic[R]):
+    """A request of either kind, and all of it that does not depend on the kind."""
+
+    identity: Identity
+    request: R
+    model: str  # the subject's
+    deadline_unix_s: float
+    accepted_unix_s: float
+    reader: str | None
+
+
+_ABSENT: Final = msgspec.Raw(b"null")
+
+
 class _Claims(msgspec.Struct, frozen=True):
     """What a payload with mistakes elsewhere says of its identity; any type, since it may be wrong too."""
 
     request_id: Any = None
     client: Any = None
     n: Any = None
+    input: msgspec.Raw = _ABSENT
+    messages: msgspec.Raw = _ABSENT
+    prompt: msgspec.Raw = _ABSENT
 
 
 # --- who asks ----------------------------------------------------------------------------------------
@@ -88,14 +109,43 @@ def identify(payload: bytes, message_headers: Mapping[str, str], stream_seq: int
 
 
 def _identity(
-    claims: _Claims | Request, payload: bytes, message_headers: Mapping[str, str], stream_seq: int
+    claims: _Claims | Request | EmbeddingRequest, payload: bytes, message_headers: Mapping[str, str], stream_seq: int
 ) -> Identity:
     return Identity(
         request_id=_first_token(claims.request_id, message_headers.get(headers.MSG_ID)) or str(stream_seq),
         client=_first_token(claims.client, message_headers.get(headers.CLIENT)) or names.ANONYMOUS_CLIENT,
-        choices=choices_of(claims.n),
+        choices=_choices(claims, payload),
         reply_format=_reply_format(payload),
     )
+
+
+def _choices(claims: _Claims | Request | EmbeddingRequest, payload: bytes) -> int:
+    if isinstance(claims, EmbeddingRequest):
+        return inputs_of(claims.input)
+    if isinstance(claims, _Claims) and _embeds(claims):
+        module = msgspec.json if format_of(payload) is Format.JSON else msgspec.msgpack
+        return inputs_of(module.decode(claims.input))
+    return choices_of(claims.n)
+
+
+def _embeds(claims: _Claims) -> bool:
+    """Whether a payload asks for vectors: it has an `input`, and neither `messages` nor `prompt`."""
+    given = [bytes(raw) not in (b"null", b"\xc0") for raw in (claims.input, claims.messages, claims.prompt)]
+    return given == [True, False, False]
+
+
+def is_embedding(payload: bytes) -> bool:
+    """Whether a payload asks for vectors and not for text; False for one that cannot be read."""
+    try:
+        return _embeds(decode(_Claims, payload))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+
+
+def inputs_of(given: Any) -> int:
+    """How many inputs, and so choices, a request with this `input` has: of one that is refused, one."""
+    many = isinstance(given, list | tuple) and bool(given) and not isinstance(given[0], int)
+    return len(given) if many and len(given) <= limits.INPUTS_MAX else 1
 
 
 def choices_of(n: Any) -> int:
@@ -150,6 +200,41 @@ def parse_request(
 
     Raises InvalidRequest, PayloadTooLarge or DeadlineExceeded; `identify` then says whom to answer.
     """
+    envelope = open_envelope(
+        Request,
+        payload,
+        message_headers,
+        subject,
+        stream_seq,
+        accepted_unix_s=accepted_unix_s,
+        now_unix_s=now_unix_s,
+    )
+    request = envelope.request
+    _check_prompt(request)
+    _check_output(request)
+    return IdentifiedRequest(
+        identity=envelope.identity,
+        request=request,
+        model=envelope.model,
+        sampling=_sampling(request),
+        output=_output(request),
+        deadline_unix_s=envelope.deadline_unix_s,
+        accepted_unix_s=accepted_unix_s,
+        reader=envelope.reader,
+    )
+
+
+def open_envelope(
+    kind: type[R],
+    payload: bytes,
+    message_headers: Mapping[str, str],
+    subject: str,
+    stream_seq: int,
+    *,
+    accepted_unix_s: float,
+    now_unix_s: float,
+) -> Envelope[R]:
+    """A request of a kind, read, and checked in all that the kinds have in common. Raises as `parse_request`."""
     if len(payload) > limits.PAYLOAD_BYTES_MAX:
         raise PayloadTooLarge(
             f"payload: {len(payload)} bytes; a request has at most {limits.PAYLOAD_BYTES_MAX}",
@@ -157,25 +242,20 @@ def parse_request(
             size=len(payload),
             limit=limits.PAYLOAD_BYTES_MAX,
         )
-    request = _decode(payload)
+    request = _decode(kind, payload)
     model = _model(request, subject)
     _check_names(request, message_headers)
-    deadline_unix_s = _deadline(request, message_headers, accepted_unix_s, now_unix_s)
-    _check_prompt(request)
-    _check_output(request)
-    return IdentifiedRequest(
+    return Envelope(
         identity=_identity(request, payload, message_headers, stream_seq),
         request=request,
         model=model,
-        sampling=_sampling(request),
-        output=_output(request),
-        deadline_unix_s=deadline_unix_s,
+        deadline_unix_s=_deadline(request, message_headers, accepted_unix_s, now_unix_s),
         accepted_unix_s=accepted_unix_s,
         reader=_reader(message_headers),
     )
 
 
-def _decode(payload: bytes) -> Request:
+def _decode(kind: type[R], payload: bytes) -> R:
     form = format_of(payload)
     if form is Format.MSGPACK and not _is_msgpack_map(payload):
         raise InvalidRequest(
@@ -184,10 +264,10 @@ def _decode(payload: bytes) -> Request:
             size=len(payload),
         )
     try:
-        return decode(Request, payload)
+        return decode(kind, payload)
     except msgspec.ValidationError as error:
-        if (request := _without_nulls(payload, form)) is None:
-            raise refusal(error) from None
+        if (request := _without_nulls(kind, payload, form)) is None:
+            raise refusal(error, kind) from None
         return request
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         language = "JSON" if form is Format.JSON else "MessagePack"
@@ -196,21 +276,21 @@ def _decode(payload: bytes) -> Request:
         raise InvalidRequest("payload: nested too deep", field="payload", size=len(payload)) from None
 
 
-def _without_nulls(payload: bytes, form: Format) -> Request | None:
+def _without_nulls(kind: type[R], payload: bytes, form: Format) -> R | None:
     """The request without its null fields; None where it has none. Raises InvalidRequest if it is wrong even so."""
     read = msgspec.json.decode if form is Format.JSON else msgspec.msgpack.decode
     try:
         fields = read(payload)
         if not isinstance(fields, dict) or None not in fields.values():
             return None
-        return msgspec.convert({name: value for name, value in fields.items() if value is not None}, Request)
+        return msgspec.convert({name: value for name, value in fields.items() if value is not None}, kind)
     except msgspec.ValidationError as error:
-        raise refusal(error) from None
+        raise refusal(error, kind) from None
     except (msgspec.DecodeError, ValueError, TypeError, RecursionError):
         return None  # the first complaint stands
 
 
-def _model(request: Request, subject: str) -> str:
+def _model(request: Request | EmbeddingRequest, subject: str) -> str:
     """The subject's model. Raises InvalidRequest where the payload names another one."""
     parts = names.REQUESTS.parse(subject)
     assert parts is not None, f"the preprocess consumer has a subject that it does not filter: {subject}"
@@ -221,7 +301,7 @@ def _model(request: Request, subject: str) -> str:
     return parts["model"]
 
 
-def _check_names(request: Request, message_headers: Mapping[str, str]) -> None:
+def _check_names(request: Request | EmbeddingRequest, message_headers: Mapping[str, str]) -> None:
     """Names that become part of a subject are refused, not bent: the client listens to what it wrote."""
     request_id_field, request_id = "request_id", request.request_id
     if request_id is None:
@@ -252,7 +332,9 @@ def _reader(message_headers: Mapping[str, str]) -> str | None:
     return reader
 
 
-def _deadline(request: Request, message_headers: Mapping[str, str], accepted_unix_s: float, now_unix_s: float) -> float:
+def _deadline(
+    request: Request | EmbeddingRequest, message_headers: Mapping[str, str], accepted_unix_s: float, now_unix_s: float
+) -> float:
     """When the answer must be whole: the payload's word, else the header's, else the default."""
     field, deadline_unix_s = "deadline", request.deadline
     if deadline_unix_s is None and (text := message_headers.get(headers.DEADLINE)) is not None:

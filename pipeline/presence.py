@@ -74,7 +74,7 @@ class Presence:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._known: dict[tuple[str, str], _Known] = {}  # by role and worker
-        self._models_seen: dict[str, None] = {}
+        self._models_seen: dict[tuple[str, str], None] = {}  # by role and model
         self._on_down: list[OnDown] = []
         self._clocks: dict[str, set[asyncio.Timeout]] = {}  # of what lasts while a worker is up
         self._changed = asyncio.Event()
@@ -142,15 +142,19 @@ class Presence:
         """The models of all registered workers."""
         return {known.card.model for known in self._known.values() if known.card}
 
-    def known(self, model: str) -> bool:
-        """Whether any worker has registered the model since this process began to listen."""
-        return names.token(model) in self._models_seen
+    def known(self, model: str, role: str = "decode") -> bool:
+        """Whether a worker of the role has registered the model since this process began to listen."""
+        return (role, names.token(model)) in self._models_seen
 
     async def wait_ready(self, model: str, role: str = "decode", timeout_s: float = 10.0) -> bool:
         """Wait until `ready`; False when the time is over."""
+        return await self.wait_for(lambda: self.ready(model, role), timeout_s)
+
+    async def wait_for(self, holds: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until something holds that follows from who is there; False when the time is over."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while not self.ready(model, role):
+                while not holds():
                     await self._changed.wait()
                 return True
         return False
@@ -195,7 +199,7 @@ class Presence:
                 log.warning("card_unreadable", worker=worker, reason=str(error))
                 return
             if len(self._models_seen) < MODELS_SEEN_MAX:
-                self._models_seen[known.card.model] = None
+                self._models_seen[role, known.card.model] = None
         else:
             known.card = None
             beat = known.heartbeat

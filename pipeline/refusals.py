@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from pipeline.errors import InvalidRequest
-from subjects.messages import Request
+from subjects.messages import EmbeddingRequest, Request
 
 TEXT_CHARS_MAX: Final = 120
 """The most that an error repeats of what a client sent."""
@@ -87,7 +87,7 @@ def clipped(text: str) -> str:
     return text if len(text) <= TEXT_CHARS_MAX else f"{text[:TEXT_CHARS_MAX]}..."
 
 
-def refusal(error: msgspec.ValidationError) -> InvalidRequest:
+def refusal(error: msgspec.ValidationError, kind: type[Request] | type[EmbeddingRequest] = Request) -> InvalidRequest:
     """The decoder's complaint as an error that names the field by its dotted path, e.g. `messages.0.role`."""
     complaint, place = str(error), ""
     if found := _PLACE.search(complaint):
@@ -96,16 +96,18 @@ def refusal(error: msgspec.ValidationError) -> InvalidRequest:
     if named := _NAMED.match(complaint):
         name = clipped(named[1])
         field = f"{field}.{name}" if field else name
-        why = "is required" if "missing" in complaint else _why_unknown(name)
+        why = "is required" if "missing" in complaint else _why_unknown(name, kind)
     else:
         why = _why_wrong(field, complaint)
     return InvalidRequest(f"{field or 'the request'}: {why}", field=field or None)
 
 
-def _why_unknown(name: str) -> str:
+def _why_unknown(name: str, kind: type[Request] | type[EmbeddingRequest]) -> str:
+    if kind is EmbeddingRequest and name in Request.__struct_fields__:
+        return "belongs to a request for text; one with `input` asks for vectors"
     if name in UNSUPPORTED:
         return f"this release does not take this field: {UNSUPPORTED[name]}"
-    close = difflib.get_close_matches(name, Request.__struct_fields__, n=1)
+    close = difflib.get_close_matches(name, kind.__struct_fields__, n=1)
     return f"unknown field; did you mean `{close[0]}`?" if close else "unknown field"
 
 

@@ -6,7 +6,7 @@ from pipeline.bus import Bus
 from pipeline.progress import History
 from subjects import names, streams
 from subjects.codec import decode
-from subjects.messages import Frame, PreprocessedRequest
+from subjects.messages import Frame, OwnedTask
 
 READ_S_MAX: Final = 5.0
 
@@ -14,7 +14,7 @@ READ_S_MAX: Final = 5.0
 class ResponseLog(Protocol):
     """Where a request's frames so far can be read."""
 
-    async def history(self, request: PreprocessedRequest) -> History: ...
+    async def history(self, request: OwnedTask) -> History: ...
 
 
 class StreamLog:
@@ -23,7 +23,7 @@ class StreamLog:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
 
-    async def history(self, request: PreprocessedRequest) -> History:
+    async def history(self, request: OwnedTask) -> History:
         """Every frame that the stream still has. Raises BusUnavailable."""
         subject = names.RESPONSES.of(client=request.client, request_id=request.request_id)
         history = History()

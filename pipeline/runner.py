@@ -50,7 +50,7 @@ from pipeline.task_trace import TaskTrace
 from subjects import headers, names, streams
 from subjects.codec import decode, encode
 from subjects.limits import ATTEMPTS_MAX, FAILURES_MAX
-from subjects.messages import DeadLetter, Failure, PreprocessedRequest, Work
+from subjects.messages import DeadLetter, Failure, OwnedTask, Work
 from subjects.streams import ConsumerSpec
 
 RETRY_S: Final = 1.0
@@ -330,7 +330,7 @@ class Runner:
     def _while_read(self, running: _Running) -> contextlib.AbstractContextManager[None]:
         """Cancel a request that has a reader when that is gone."""
         work = running.task.payload
-        reader = work.reader if isinstance(work, PreprocessedRequest) else None
+        reader = work.reader if isinstance(work, OwnedTask) else None
         return watched(self._bus, reader, lambda: running.end(Cancelled("its reader is gone")))
 
     async def _emit(self, running: _Running, task: Task[Any], deadline_unix_s: float | None) -> None:
@@ -349,7 +349,7 @@ class Runner:
         """Become the task's only worker: the task, with an attempt above all earlier ones. Does nothing twice."""
         if not running.owned:
             attempt = await running.fence.attempt()
-            if isinstance(running.task.payload, PreprocessedRequest):
+            if isinstance(running.task.payload, OwnedTask):
                 attempt = await running.fence.own(running.task.payload, attempt)
             running.task, running.owned = replace(running.task, attempt=attempt), True
         return running.task

@@ -3,16 +3,23 @@
 import asyncio
 import time
 from collections.abc import Mapping
+from typing import Final
 
 from pipeline.chat import ChatTokenizer, LoadedModel
-from pipeline.errors import DeadlineExceeded, SetupError, UnknownModel
+from pipeline.errors import DeadlineExceeded, InvalidRequest, SetupError, UnknownModel
 from pipeline.models import prepare_model
 from pipeline.presence import Presence
-from subjects.messages import ModelCard
+from subjects.messages import ModelCard, Role
 from subjects.names import token
 
-ROLE = "decode"
-"""Whose cards count: a model is ready when a worker of this role has registered it."""
+GENERATES: Final[Role] = "decode"
+EMBEDS: Final[Role] = "embed"
+"""Whose cards count: a model is ready when a worker of the role that a request needs has registered it."""
+_OTHER: Final[dict[Role, Role]] = {GENERATES: EMBEDS, EMBEDS: GENERATES}
+_REFUSED: Final[dict[Role, str]] = {
+    GENERATES: "is served for embeddings alone: send `input`, to /v1/embeddings over HTTP",
+    EMBEDS: "is served for text alone, and no worker embeds with it: send `messages` or `prompt`",
+}
 
 
 class ServedModels:
@@ -29,19 +36,15 @@ class ServedModels:
         for path in self._declared.values():
             await self._tokenizer(path)
 
-    async def ready(self, model: str, until_unix_s: float) -> LoadedModel:
-        """The model, once a worker that serves it has registered and takes work.
+    async def ready(self, model: str, until_unix_s: float, role: Role = GENERATES) -> LoadedModel:
+        """The model, once a worker of the role that serves it has registered and takes work.
 
-        Raises UnknownModel for a name that was neither declared nor registered, and DeadlineExceeded where no
-        worker of a known model is there by `until_unix_s`.
+        Raises UnknownModel for a name that was neither declared nor registered, InvalidRequest for a model that only
+        the other role serves, and DeadlineExceeded where no worker of a known model is there by `until_unix_s`.
         """
-        if not self._presence.ready(model, ROLE):
-            if model not in self._declared and not self._presence.known(model):
-                names = ", ".join(sorted(self._declared.keys() | self._presence.models())) or "none"
-                raise UnknownModel(f"model: no model {model!r} here; there are: {names}", field="model")
-            if not await self._presence.wait_ready(model, ROLE, timeout_s=until_unix_s - time.time()):
-                raise DeadlineExceeded(f"deadline: no worker served {model!r} before it passed", field="deadline")
-        cards = self._cards(model)
+        if not self._presence.ready(model, role):
+            await self._wait(model, until_unix_s, role)
+        cards = self._cards(model, role)
         path = self._declared.get(model) or cards[0].model_path
         try:
             tokenizer = await self._tokenizer(path)
@@ -54,10 +57,26 @@ class ServedModels:
             tokenizer=tokenizer,
             context_len_tokens=min(card.context_len_tokens for card in cards),
             chat_template=cards[0].chat_template,
+            embedding=cards[0].embedding,
         )
 
-    def _cards(self, model: str) -> list[ModelCard]:
-        return [state.card for state in self._presence.workers(ROLE, model) if state.card and state.ready]
+    async def _wait(self, model: str, until_unix_s: float, role: Role) -> None:
+        presence, other = self._presence, _OTHER[role]
+        if model not in self._declared and not presence.known(model, role) and not presence.known(model, other):
+            names = ", ".join(sorted(self._declared.keys() | presence.models())) or "none"
+            raise UnknownModel(f"model: no model {model!r} here; there are: {names}", field="model")
+
+        def wrong() -> bool:
+            return not presence.known(model, role) and presence.ready(model, other)
+
+        timeout_s = until_unix_s - time.time()
+        if not await presence.wait_for(lambda: presence.ready(model, role) or wrong(), timeout_s):
+            raise DeadlineExceeded(f"deadline: no worker served {model!r} before it passed", field="deadline")
+        if not presence.ready(model, role):
+            raise InvalidRequest(f"model: {model!r} {_REFUSED[role]}", field="model")
+
+    def _cards(self, model: str, role: Role) -> list[ModelCard]:
+        return [state.card for state in self._presence.workers(role, model) if state.card and state.ready]
 
     async def _tokenizer(self, path: str) -> ChatTokenizer:
         """Loaded once, off the event loop; a failure is raised to all that wait, and tried again by the next."""

@@ -15,7 +15,7 @@ from typing import Any, Final, Generic, TypeVar
 from pipeline.errors import PipelineError
 from subjects import names
 from subjects.codec import Format, encode
-from subjects.messages import Frame, Message, PreprocessedRequest, Timing
+from subjects.messages import Frame, Message, OwnedTask, Timing
 
 T = TypeVar("T")
 
@@ -87,7 +87,7 @@ def emit_frame(client: str, request_id: str, frame: Frame, form: Format = Format
     )
 
 
-def begin_frames(request: PreprocessedRequest, attempt: int, worker: str) -> Iterable[Emit]:
+def begin_frames(request: OwnedTask, attempt: int, worker: str) -> Iterable[Emit]:
     """A later owner's first word on each choice: whoever reads it drops what an earlier one sends after it."""
     for choice in range(request.choices):
         frame = Frame(request_id=request.request_id, choice=choice, attempt=attempt, worker=worker)
@@ -100,7 +100,14 @@ def emit_work(subject: str, message: Message, msg_id: str) -> Emit:
     return Emit(subject=subject, payload=encode(message), msg_id=msg_id)
 
 
-def end_with_error(request: PreprocessedRequest, choice: int, error: PipelineError, attempt: int) -> Emit:
+def answer_owned(task: Task[OwnedTask], error: PipelineError) -> Iterable[Emit]:
+    """The terminal error frame of each choice that has none yet, from the task's owner."""
+    for choice in range(task.payload.choices):
+        if choice not in task.ended:
+            yield end_with_error(task.payload, choice, error, task.attempt)
+
+
+def end_with_error(request: OwnedTask, choice: int, error: PipelineError, attempt: int) -> Emit:
     """The terminal frame of a choice that ends in an error; "abort" where someone asked for the end."""
     failure = error.failure()
     return emit_frame(

@@ -10,7 +10,7 @@ from pipeline import spans, tracing
 from pipeline.bus import Delivery
 from pipeline.spans import Attribute
 from pipeline.tracing import TraceContext
-from subjects.messages import Frame, PrefillTask, PreprocessedRequest, SamplingOptions
+from subjects.messages import EmbeddingTask, Frame, PrefillTask, PreprocessedRequest, SamplingOptions
 
 WELL: Final = ("done", "handed_over")
 """Outcomes of a delivery that are no error."""
@@ -58,6 +58,13 @@ class TaskTrace:
 
 def _asked(payload: Any) -> Iterator[tuple[str, Attribute]]:
     """What a task says of its request, in the words of the conventions. What is None is left out."""
+    if isinstance(payload, EmbeddingTask):
+        yield "gen_ai.operation.name", "embeddings"
+        yield "gen_ai.provider.name", "sglang"
+        yield "gen_ai.request.model", payload.model
+        yield "gen_ai.usage.input_tokens", sum(map(len, payload.inputs))
+        yield "sglang_nats.inputs", payload.choices
+        return
     if not isinstance(payload, PreprocessedRequest | PrefillTask):
         return
     yield "gen_ai.operation.name", "text_completion"  # tokens to tokens: a chat's template is applied before

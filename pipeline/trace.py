@@ -20,7 +20,7 @@ from pipeline.screen import err, out, table
 from pipeline.tracing import TraceContext
 from subjects import headers, names, streams
 from subjects.codec import decode
-from subjects.messages import Cancel, DeadLetter, Failure, Frame, Message, PrefillTask, PreprocessedRequest, Timing
+from subjects.messages import Cancel, DeadLetter, Failure, Frame, Message, OwnedTask, PrefillTask, Timing
 
 CONNECT_S_MAX: Final = 3.0
 SCANNED_MAX: Final = 20_000
@@ -55,7 +55,7 @@ class Found:
     frames: list[Stored[Frame]] = field(default_factory=list)
     owners: list[Stored[Frame]] = field(default_factory=list)
     asked: Stored[None] | None = None  # it waits for preprocess
-    work: list[Stored[PreprocessedRequest]] = field(default_factory=list)  # it waits for decode, or is there
+    work: list[Stored[OwnedTask]] = field(default_factory=list)  # it waits for its owner, or is there
     prompts: list[Stored[PrefillTask]] = field(default_factory=list)  # offered to prefill
     failures: list[Stored[Failure]] = field(default_factory=list)
     cancels: list[Stored[Cancel]] = field(default_factory=list)
@@ -148,10 +148,10 @@ class Search:
         if payload == "Request":
             identity = identify(one.payload, one.headers or {}, one.seq)
             return (identity.client, _stored(one, None)) if identity.request_id == self._request_id else None
-        work = decode(PreprocessedRequest if payload == "PreprocessedRequest" else PrefillTask, one.payload)
+        work = decode(PrefillTask if payload == "PrefillTask" else OwnedTask, one.payload)
         if work.request_id != self._request_id:
             return None
-        return (work.client if isinstance(work, PreprocessedRequest) else None, _stored(one, work))
+        return (work.client if isinstance(work, OwnedTask) else None, _stored(one, work))
 
     async def _read_log(self, found: Found) -> None:
         if found.client is None:
@@ -188,7 +188,7 @@ class Search:
 
 
 def _take_waiting(found: Found, one: Stored[Any]) -> None:
-    if isinstance(one.value, PreprocessedRequest):
+    if isinstance(one.value, OwnedTask):
         found.work.append(one)
     elif isinstance(one.value, PrefillTask):
         found.prompts.append(one)
@@ -251,7 +251,8 @@ def _waits(found: Found) -> Iterator[Event]:
     ended = bool(found.frames) and found.frames[-1].value.finish_reason is not None
     for work in found.work:
         detail = "its last owner has not settled it yet" if ended else f"waits or is worked on: {work.where}"
-        yield Event(work.unix_s, 2, "in the queue for decode", streams.WORK.name, detail)
+        queue = work.where.split(".")[1]
+        yield Event(work.unix_s, 2, f"in the queue for {queue}", streams.WORK.name, detail)
     for prompt in found.prompts:
         detail = f"room {prompt.value.room} waits for a claim: {prompt.where}"
         yield Event(prompt.unix_s, 3, "prefill offered", prompt.value.owner, detail)

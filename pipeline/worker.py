@@ -175,6 +175,7 @@ class Worker:
             tp_size=info.tp_size,
             reasoning_parser=info.reasoning_parser,
             tool_call_parser=info.tool_call_parser,
+            embedding=info.embedding,
             started_unix_s=time.time(),
         )
         await self._announcer.publish_card(card)

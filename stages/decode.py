@@ -6,7 +6,7 @@ that the log already holds, so that the client sees one stream.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 from msgspec.structs import replace
@@ -14,14 +14,13 @@ from msgspec.structs import replace
 from pipeline import metrics
 from pipeline.engine.disaggregated import DisaggregatedEngine
 from pipeline.engine.protocol import Engine, EngineOutput, EngineRequest
-from pipeline.errors import PipelineError
 from pipeline.pause import keep_paused
 from pipeline.peers import Peers
 from pipeline.placement import Placements
 from pipeline.progress import Progress
 from pipeline.responses import ResponseLog
 from pipeline.resumption import Seam, plan
-from pipeline.stage import Emit, Task, emit_frame, end_with_error, stage
+from pipeline.stage import Emit, Task, answer_owned, emit_frame, stage
 from pipeline.worker import Worker
 from subjects import streams
 from subjects.codec import NO_TOKENS
@@ -31,14 +30,7 @@ FRAMES_AHEAD_MAX = 16
 """Frames of one choice that wait while another's are published."""
 
 
-def answer(task: Task[PreprocessedRequest], error: PipelineError) -> Iterable[Emit]:
-    """The terminal error frame of each choice that has none yet."""
-    for choice in range(task.payload.choices):
-        if choice not in task.ended:
-            yield end_with_error(task.payload, choice, error, task.attempt)
-
-
-@stage(name="decode", takes=PreprocessedRequest, answer=answer)
+@stage(name="decode", takes=PreprocessedRequest, answer=answer_owned)
 async def decode(
     task: Task[PreprocessedRequest], engine: Engine, responses: ResponseLog, worker: str
 ) -> AsyncIterator[Emit]:

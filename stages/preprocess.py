@@ -5,18 +5,19 @@ import time
 from collections.abc import AsyncIterator, Iterable
 from typing import Final, Protocol
 
+from pipeline import embeddings
 from pipeline.chat import LoadedModel
 from pipeline.errors import DeadlineExceeded, PayloadTooLarge, PipelineError
 from pipeline.expiry import Sweeper
-from pipeline.openai import IdentifiedRequest, identify, parse_request, resolve
+from pipeline.openai import IdentifiedRequest, identify, is_embedding, parse_request, resolve
 from pipeline.placement import Placements, Places
-from pipeline.served import ServedModels
+from pipeline.served import EMBEDS, GENERATES, ServedModels
 from pipeline.stage import Emit, Task, emit_frame, emit_work, stage
 from pipeline.worker import Worker
 from subjects import names, streams
 from subjects.codec import TokenIds
 from subjects.limits import PAYLOAD_BYTES_MAX
-from subjects.messages import Frame, PreprocessedRequest, Request, Timing
+from subjects.messages import Frame, PreprocessedRequest, Request, Role, Timing
 
 INLINE_BYTES_MAX: Final = 4096
 """A payload up to this size is tokenized on the event loop: about 1 ms, less than two hops between threads cost
@@ -30,11 +31,12 @@ SLOTS_DEFAULT: Final = 256
 class Models(Protocol):
     """The models that this worker knows of."""
 
-    async def ready(self, model: str, until_unix_s: float) -> LoadedModel:
-        """The model, once a worker that serves it has registered.
+    async def ready(self, model: str, until_unix_s: float, role: Role = GENERATES) -> LoadedModel:
+        """The model, once a worker of the role that serves it has registered.
 
-        Raises UnknownModel for a name that was neither declared nor registered, and DeadlineExceeded where no
-        worker of a known model is there by `until_unix_s`.
+        Raises UnknownModel for a name that was neither declared nor registered, InvalidRequest for one that only
+        workers of another role serve, and DeadlineExceeded where no worker of a known model is there by
+        `until_unix_s`.
         """
         ...
 
@@ -62,7 +64,8 @@ async def preprocess(task: Task[bytes], models: Models, places: Places) -> Async
 
     Raises Permanent for a request that cannot become a task.
     """
-    yield await _work(task, models, places)
+    work = _embedding_work(task, models) if is_embedding(task.payload) else _work(task, models, places)
+    yield await work
 
 
 async def _work(task: Task[bytes], models: Models, places: Places) -> Emit:
@@ -87,6 +90,36 @@ async def _work(task: Task[bytes], models: Models, places: Places) -> Emit:
 def tokenize(request: Request, model: LoadedModel) -> TokenIds:
     """The prompt, u32[num_prompt_tokens]. Raises InvalidRequest where the chat template refuses the messages."""
     return model.tokenize(request)
+
+
+async def _embedding_work(task: Task[bytes], models: Models) -> Emit:
+    """Inputs go to whichever embedding worker takes them: they have no prefix that one of them would know."""
+    now_unix_s = time.time()
+    envelope = embeddings.parse(
+        task.payload,
+        task.headers,
+        task.subject,
+        task.stream_seq,
+        accepted_unix_s=task.stored_unix_s or now_unix_s,
+        now_unix_s=now_unix_s,
+    )
+    model = await models.ready(envelope.model, envelope.deadline_unix_s, EMBEDS)
+    given = embeddings.inputs_in(envelope.request)
+    if len(task.payload) <= INLINE_BYTES_MAX:
+        inputs = model.tokenize_inputs(given)
+    else:
+        inputs = await asyncio.to_thread(model.tokenize_inputs, given)
+    work = embeddings.resolve(
+        envelope,
+        inputs,
+        context_len_tokens=model.context_len_tokens,
+        vocab_size=model.tokenizer.vocab_size,
+        embedding=model.embedding,
+        now_unix_s=time.time(),
+    )
+    emit = emit_work(names.EMBED_ANY.of(model=work.model), work, msg_id=f"{work.client}.{work.request_id}")
+    embeddings.check_task_size(emit.payload, work.choices)
+    return emit
 
 
 def _resolved(identified: IdentifiedRequest, token_ids: TokenIds, model: LoadedModel) -> PreprocessedRequest:

@@ -29,7 +29,7 @@ from subjects.messages import BlocksRemoved, BlocksStored, KvEvents, MetricsSnap
 BROKER_S: Final = 1.0
 """How often the broker is asked."""
 KV_SERIES_MAX: Final = 4096
-SERVING_ROLES: Final = ("decode", "prefill")
+SERVING_ROLES: Final = ("decode", "prefill", "embed")
 
 log = structlog.get_logger()
 

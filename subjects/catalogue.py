@@ -13,9 +13,9 @@ from typing import Any, Final
 import msgspec
 
 from subjects import headers, limits, messages, names, streams
-from subjects.codec import BlockHashes, TokenIds
+from subjects.codec import BlockHashes, TokenIds, Vector
 
-_PACKED: Final[dict[type, str]] = {TokenIds: "token ids", BlockHashes: "block hashes"}
+_PACKED: Final[dict[type, str]] = {TokenIds: "token ids", BlockHashes: "block hashes", Vector: "vector"}
 _HEAD: Final = """\
 # Subjects, streams and messages
 
@@ -23,8 +23,8 @@ _HEAD: Final = """\
 
 Everything that travels between the parts of sglang-nats. Variable parts of a subject stand in braces; names are
 made safe tokens (`meta-llama/Llama-3.1-8B` becomes `meta-llama-Llama-3-1-8B`). Payloads are MessagePack; a request
-in JSON is answered in JSON. Token ids and block hashes are little-endian u32 and i64 bytes in MessagePack
-and numbers in JSON."""
+in JSON is answered in JSON. Token ids, block hashes and vectors are little-endian u32, i64 and f32 bytes in
+MessagePack and numbers in JSON."""
 
 
 def render() -> str:
@@ -67,7 +67,11 @@ def _limits_of(stream: streams.StreamSpec) -> str:
 
 
 def _consumers() -> str:
-    of_model = (*streams.decode_takes("MODEL", "WORKER"), *streams.prefill_takes("MODEL", "WORKER"))
+    of_model = (
+        *streams.decode_takes("MODEL", "WORKER"),
+        *streams.prefill_takes("MODEL", "WORKER"),
+        streams.embed_any("MODEL"),
+    )
     rows = [
         (
             f"`{spec.name}`",
@@ -120,7 +124,8 @@ def _docstrings(module: ModuleType) -> dict[str, str]:
 
 
 def _messages() -> str:
-    parts = ["## Messages", "Fields are only ever added, with defaults; unknown fields are ignored, but in `Request`."]
+    about = "unknown fields are ignored, but in `Request` and `EmbeddingRequest`."
+    parts = ["## Messages", f"Fields are only ever added, with defaults; {about}"]
     for kind in _message_types():
         about = inspect.cleandoc(kind.__doc__ or "") if kind.__doc__ else ""
         rows = [

@@ -1,7 +1,7 @@
 """Messages to bytes and back: MessagePack by default, JSON where the request was JSON.
 
-The first byte tells them apart: a MessagePack map never starts with white space or `{`. On MessagePack token ids
-and block hashes are raw little-endian bytes (40 times faster to decode than a list); in JSON they are numbers.
+The first byte tells them apart: a MessagePack map never starts with white space or `{`. On MessagePack token ids,
+block hashes and vectors are raw little-endian bytes (40 times faster to decode than a list); in JSON they are numbers.
 """
 
 import sys
@@ -29,7 +29,8 @@ class _Numbers:
     __slots__ = ("raw",)
     code: ClassVar[str]  # of `array`
     size: ClassVar[int]  # bytes of one number
-    bounds: ClassVar[tuple[int, int]]  # from, and below
+    bounds: ClassVar[tuple[float, float]]  # from, and below
+    kinds: ClassVar[type | tuple[type, ...]] = int  # of a number in JSON
 
     def __init__(self, raw: bytes = b"") -> None:
         if len(raw) % self.size:
@@ -37,14 +38,14 @@ class _Numbers:
         self.raw = raw
 
     @classmethod
-    def of(cls, numbers: Iterable[int]) -> Self:
+    def of(cls, numbers: Iterable[float]) -> Self:
         """From numbers within `bounds`."""
         words = array(cls.code, numbers)
         if sys.byteorder == "big":
             words.byteswap()
         return cls(words.tobytes())
 
-    def tolist(self) -> list[int]:
+    def tolist(self) -> list[Any]:
         words = array(self.code, self.raw)
         if sys.byteorder == "big":
             words.byteswap()
@@ -53,7 +54,7 @@ class _Numbers:
     def __len__(self) -> int:
         return len(self.raw) // self.size
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.tolist())
 
     def __add__(self, other: Self) -> Self:
@@ -86,6 +87,14 @@ class BlockHashes(_Numbers):
     code, size, bounds = "q", 8, (-(2**63), 2**63)
 
 
+class Vector(_Numbers):
+    """An embedding, f32."""
+
+    __slots__ = ()
+    code, size, bounds = "f", 4, (-3.5e38, 3.5e38)
+    kinds = (int, float)
+
+
 NO_TOKENS: Final = TokenIds()
 
 
@@ -105,8 +114,8 @@ def _from_wire(kind: type, value: Any) -> Any:
     if issubclass(kind, _Numbers):
         if isinstance(value, bytes):
             return kind(value)
-        low, high = kind.bounds
-        if isinstance(value, list) and all(isinstance(i, int) and low <= i < high for i in value):
+        (low, high), kinds = kind.bounds, kind.kinds
+        if isinstance(value, list) and all(isinstance(i, kinds) and low <= i < high for i in value):
             return kind.of(value)
         raise ValueError(f"expected {kind.__name__} in [{low}, {high})")
     raise NotImplementedError(f"no wire form for {kind.__name__}")

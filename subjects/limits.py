@@ -8,6 +8,8 @@ PAYLOAD_BYTES_MAX: Final = 512 * 1024
 REQUEST_ID_CHARS_MAX: Final = 64
 MESSAGES_MAX: Final = 4_096
 CHOICES_MAX: Final = 64
+INPUTS_MAX: Final = 2_048
+"""Inputs of an embedding request, as OpenAI's API has it; each is a choice of its answer."""
 STOP_STRINGS_MAX: Final = 32
 """SGLang's own limit (MAX_STOP_COUNT)."""
 STOP_STRING_CHARS_MAX: Final = 512

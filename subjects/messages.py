@@ -1,7 +1,8 @@
 """Every message of the pipeline, in the order in which a request meets them.
 
 Fields are only ever added, with defaults, and an unknown field is ignored, so that workers of two
-releases can share one broker. Only `Request`, which people write by hand, refuses unknown fields.
+releases can share one broker. Only what people write by hand, `Request` and `EmbeddingRequest`, refuses
+unknown fields.
 `tests/golden/` keeps one encoded sample of each message and release.
 """
 
@@ -9,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from subjects.codec import NO_TOKENS, BlockHashes, Format, TokenIds
+from subjects.codec import NO_TOKENS, BlockHashes, Format, TokenIds, Vector
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -96,6 +97,22 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     user: str | None = None
 
 
+class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a user publishes for vectors in place of text: OpenAI's embedding request. It is told by its `input`.
+
+    The answer has one frame for each input, whose number is the frame's `choice`.
+    """
+
+    input: str | tuple[str | int | tuple[int, ...], ...]  # a text, texts, token ids, or lists of token ids
+    model: str | None = None  # if given, must name the subject's model
+    request_id: str | None = None  # as in Request
+    client: str | None = None
+    deadline: float | None = None
+    dimensions: int | None = None  # where the model was trained for shorter vectors (Matryoshka)
+    encoding_format: Literal["float", "base64"] | None = None  # of the gateway's answer; frames do not depend on it
+    user: str | None = None
+
+
 # --- preprocess -> decode ---------------------------------------------------------------------------
 
 
@@ -155,20 +172,35 @@ class Work(Message, frozen=True, kw_only=True):
     deadline_unix_s: float | None = None
 
 
-class PreprocessedRequest(Work, frozen=True, kw_only=True):
-    """A request as the engines take it: tokenized, validated, every default resolved."""
+class OwnedTask(Work, frozen=True, kw_only=True):
+    """What every task says whose worker, its owner, answers the client itself."""
 
     client: str
     model: str
+    choices: int = 1  # so many terminal frames end it
+    reply_format: Format = Format.MSGPACK
+    accepted_unix_s: float = 0.0  # when the broker stored the request
+    reader: str | None = None  # an inbox: when nobody answers on it any more, the request is cancelled
+
+
+class PreprocessedRequest(OwnedTask, frozen=True, kw_only=True):
+    """A request as the engines take it: tokenized, validated, every default resolved."""
+
     token_ids: TokenIds  # u32[num_prompt_tokens]
     stop: StopConditions
     sampling: SamplingOptions = SamplingOptions()
     output: OutputOptions = OutputOptions()
-    choices: int = 1
-    reply_format: Format = Format.MSGPACK
-    accepted_unix_s: float = 0.0  # when the broker stored the request
-    reader: str | None = None  # an inbox: when nobody answers on it any more, the request is cancelled
     priority: int = 0  # larger is sooner
+
+
+# --- preprocess -> embed ----------------------------------------------------------------------------
+
+
+class EmbeddingTask(OwnedTask, frozen=True, kw_only=True):
+    """An embedding request as the engines take it. Each input is a choice."""
+
+    inputs: tuple[TokenIds, ...]  # each u32[num_tokens]
+    dimensions: int | None = None  # of the vectors; None: all that the model has
 
 
 # --- decode <-> prefill -----------------------------------------------------------------------------
@@ -210,7 +242,7 @@ class Refusal(Message, frozen=True, kw_only=True):
     permanent: bool  # no other prefill worker could do better
 
 
-# --- decode -> client -------------------------------------------------------------------------------
+# --- decode, embed -> client -------------------------------------------------------------------------------
 
 
 class TokenLogprob(Message, frozen=True, kw_only=True):
@@ -268,6 +300,7 @@ class Frame(Message, frozen=True, kw_only=True):
     token_ids: TokenIds = NO_TOKENS  # u32[num_new_tokens]
     text: str = ""
     logprobs: tuple[PositionLogprobs, ...] | None = None  # one for each of token_ids
+    embedding: Vector | None = None  # f32[dimensions], with finish_reason; then there are no tokens
     finish_reason: FinishReason | None = None
     matched_stop: int | str | None = None  # the stop token or string that ended it
     usage: Usage | None = None  # with finish_reason
@@ -352,7 +385,15 @@ class ControlReply(Message, frozen=True, kw_only=True):
     error: Failure | None = None
 
 
-Role = Literal["preprocess", "decode", "prefill", "telemetry", "gateway"]
+Role = Literal["preprocess", "decode", "prefill", "embed", "telemetry", "gateway"]
+
+
+class Embedding(Message, frozen=True, kw_only=True):
+    """What a model's vectors can be."""
+
+    dimensions: int  # of a whole vector
+    matryoshka: bool = False  # shorter ones can be asked for: trained so that a vector's beginning is one too
+    matryoshka_dimensions: tuple[int, ...] = ()  # only these; none: any up to `dimensions`
 
 
 class ModelCard(Message, frozen=True, kw_only=True):
@@ -376,6 +417,7 @@ class ModelCard(Message, frozen=True, kw_only=True):
     reasoning_parser: str | None = None
     tool_call_parser: str | None = None
     chat_template: str | None = None  # overrides the tokenizer's own
+    embedding: Embedding | None = None  # of an embedding worker
     started_unix_s: float = 0.0
 
 

@@ -132,17 +132,24 @@ PREFILL_WORKER: Final = Subject(
     "PrefillTask",
     "A prompt offered first to the prefill worker that ranks best for it; others take what that one cannot.",
 )
+EMBED_ANY: Final = Subject(
+    "sglang.embed.{model}.any",
+    Kind.JETSTREAM,
+    "preprocess -> embed",
+    "EmbeddingTask",
+    "The tokenized inputs of an embedding request, for any embedding worker of the model; who pulls it owns it.",
+)
 RESPONSES: Final = Subject(
     "sglang.responses.{client}.{request_id}",
     Kind.CAPTURED,
-    "decode -> client",
+    "decode, embed -> client",
     "Frame",
     "Output frames in order; live subscribers get them at core speed, the stream keeps them for a resume.",
 )
 OWNERS: Final = Subject(
     "sglang.owners.{client}.{request_id}",
     Kind.JETSTREAM,
-    "decode -> stream RESPONSES",
+    "decode, embed -> stream RESPONSES",
     "Frame",
     "A later owner of a request writes itself down before it reads the log: from then on the broker refuses the "
     "terminal frames of an earlier one.",
@@ -241,6 +248,7 @@ ALL: Final[tuple[Subject, ...]] = (
     DECODE_WORKER,
     PREFILL_ANY,
     PREFILL_WORKER,
+    EMBED_ANY,
     CLAIM,
     REFUSAL,
     BOOTSTRAP,
@@ -263,6 +271,8 @@ PREFILL_TASKS: Final = "sglang.prefill.>"
 """Every prompt that waits for a claim, of whatever model, offered to one worker or to any."""
 ADDRESSED: Final = {"decode": DECODE_WORKER, "prefill": PREFILL_WORKER}
 """By role: what is offered to one worker first."""
+OWNED_TASKS: Final = (DECODE_TASKS, EMBED_ANY.any())
+"""Every task whose worker answers the client itself."""
 EVERYTHING: Final = "sglang.>"
 """All of them but `PEER`, for an operator who looks on."""
 READABLE: Final = tuple(subject for subject in ALL if subject is not PEER)

@@ -71,6 +71,7 @@ WORK: Final = StreamSpec(
         names.DECODE_WORKER.any(),
         names.PREFILL_ANY.any(),
         names.PREFILL_WORKER.any(),
+        names.EMBED_ANY.any(),
     ),
     about="Tokenized requests, until their owner has published the last frame; prompts, until their room is claimed.",
     retention="workqueue",
@@ -239,7 +240,12 @@ def whose_consumer(name: str) -> tuple[str, str, str] | None:
     return (role, whose[0], whose[1]) if role in names.ADDRESSED and len(whose) == 2 else None
 
 
+def embed_any(model: str) -> ConsumerSpec:
+    """The consumer that all embedding workers of a model share."""
+    return ConsumerSpec(name=f"embed-{token(model)}", stream=WORK.name, filter_subject=names.EMBED_ANY.of(model=model))
+
+
 def all_consumers(models: Iterable[str]) -> tuple[ConsumerSpec, ...]:
     """Every consumer of a pipeline that serves these models, but the workers' own."""
-    of_models = ((*decode_consumers(model), prefill_any(model)) for model in sorted(models))
+    of_models = ((*decode_consumers(model), prefill_any(model), embed_any(model)) for model in sorted(models))
     return (*CONSUMERS, *(consumer for of_model in of_models for consumer in of_model))

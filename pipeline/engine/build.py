@@ -11,8 +11,9 @@ def build_engine(settings: WorkerSettings, incarnation: str) -> Engine:
     if settings.engine == "simulated":
         from pipeline.engine.simulated import Address, SimulatedEngine
 
-        model = None if settings.kv_events is False else settings.model
-        return SimulatedEngine(settings.simulated, Address(settings.nats, settings.worker, incarnation, model))
+        model = None if settings.kv_events is False or settings.role == "embed" else settings.model
+        address = Address(settings.nats, settings.worker, incarnation, model)
+        return SimulatedEngine(settings.simulated, address, embeds=settings.role == "embed")
     if not settings.model_path:
         raise ConfigError("the SGLang engine needs a model: give --model-path PATH", field="model_path")
     from pipeline.engine.sglang.engine import SglangEngine
@@ -22,13 +23,16 @@ def build_engine(settings: WorkerSettings, incarnation: str) -> Engine:
     ours = {"served_model_name": settings.model} if settings.model else {}  # what SGLang's series call the model
     if settings.role == "prefill":
         ours["disaggregation_mode"] = "prefill"
+    if settings.role == "embed":
+        ours["is_embedding"] = True
     given = ours | settings.sglang
     mode = given.get("disaggregation_mode", "null")
     handshake = None
     if mode in ("prefill", "decode"):
         handshake = HandshakeSettings(url=settings.nats, worker=settings.worker, incarnation=incarnation, role=mode)
     kv_events = None
-    if settings.kv_events is not False and settings.model and mode != "decode" and "kv_events_config" not in given:
+    quiet = settings.kv_events is False or mode == "decode" or settings.role == "embed"  # its prompts go to anyone
+    if settings.model and not quiet and "kv_events_config" not in given:
         model = names.token(settings.model)
         kv_events = KvEventsSettings(
             url=settings.nats,

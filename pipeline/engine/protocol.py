@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
 from pipeline.operations import Arguments
-from subjects.codec import TokenIds
+from subjects.codec import TokenIds, Vector
 from subjects.messages import (
+    Embedding,
     FinishReason,
     Load,
     MetricFamily,
@@ -73,6 +74,15 @@ class EngineOutput:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmbeddingBatch:
+    """Inputs of one embedding request, as an engine takes them."""
+
+    rid: str  # unique in the engine, e.g. "<request_id>.<attempt>.<number>"
+    inputs: tuple[TokenIds, ...]  # each u32[num_tokens], none empty
+    dimensions: int | None = None  # of each vector; None: all that the model has
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineInfo:
     """Facts about a started engine, for its model card."""
 
@@ -88,6 +98,7 @@ class EngineInfo:
     tp_size: int = 1
     reasoning_parser: str | None = None
     tool_call_parser: str | None = None
+    embedding: Embedding | None = None  # of an engine that embeds, and then generates nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +132,18 @@ class Engine(Protocol):
             EngineDied: the engine ended, or is not started.
             EngineSuspended: see `suspended`.
             PrefillLost: with a room, its KV could not be moved.
+        """
+        ...
+
+    async def embed(self, batch: EmbeddingBatch) -> tuple[Vector, ...]:
+        """The inputs' vectors, in their order: f32[dimensions] each, as the model normalizes them.
+
+        Cancelling it takes the batch back out of the engine.
+
+        Raises:
+            InvalidRequest: the engine refuses an input, or the dimensions.
+            NotSupported: the engine generates.
+            EngineFailed, EngineDied, EngineSuspended: as `generate`.
         """
         ...
 
@@ -161,7 +184,10 @@ class Engine(Protocol):
         ...
 
     def canary(self, dp_rank: int) -> EngineRequest:
-        """The smallest request that makes a rank generate, for `generate`; greedy, its rid a new `CANARY`."""
+        """The smallest request that makes a rank generate, for `generate`; greedy, its rid a new `CANARY`.
+
+        An engine that embeds takes this one request there, and embeds its prompt.
+        """
         ...
 
     def vitals(self) -> Vitals:

@@ -11,10 +11,12 @@ prefill, and what becomes of the blocks is published as SGLang's engines do.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import heapq
 import math
 import secrets
+from array import array
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -25,15 +27,16 @@ import msgspec
 from pipeline.block_hashes import TOKEN_BYTES, block_hashes
 from pipeline.bus import Bus
 from pipeline.config import SimulatedSettings
-from pipeline.engine.protocol import CANARY, EngineInfo, EngineOutput, EngineRequest, Room, Vitals
+from pipeline.engine.protocol import CANARY, EmbeddingBatch, EngineInfo, EngineOutput, EngineRequest, Room, Vitals
 from pipeline.engine.simulated_cache import PrefixCache
 from pipeline.engine.simulated_rooms import KvFetcher, PrefillRooms
 from pipeline.errors import Busy, EngineDied, EngineSuspended, InvalidRequest, NotSupported
 from pipeline.kv_publisher import KvPublisher, KvRank
 from pipeline.operations import Arguments
-from subjects.codec import TokenIds
+from subjects.codec import NO_TOKENS, TokenIds, Vector
 from subjects.messages import (
     BlocksCleared,
+    Embedding,
     FinishReason,
     KvEvent,
     Load,
@@ -88,6 +91,14 @@ def expected_tokens(prompt: TokenIds, count: int, seed: int = 0) -> TokenIds:
         tokens.append(history.next())
         history.append(tokens[-1])
     return TokenIds.of(tokens)
+
+
+def expected_vector(tokens: TokenIds, dimensions: int, of: int, seed: int = 0) -> Vector:
+    """An input's vector, f32[dimensions] of unit length: the beginning of one of `of` dimensions, drawn from a hash."""
+    drawn = array("H", hashlib.shake_256(b"%d\0" % seed + tokens.raw).digest(2 * of))
+    cut = [number - 32_767.5 for number in drawn[:dimensions]]
+    length = math.hypot(*cut)
+    return Vector.of(number / length for number in cut)
 
 
 def text_of(token: int) -> str:
@@ -274,9 +285,10 @@ class Address:
 class SimulatedEngine:
     """Implements `pipeline.engine.protocol.Engine` without a model; see the module's docstring."""
 
-    def __init__(self, settings: SimulatedSettings, address: Address | None = None) -> None:
-        """`address`: needed with disaggregation, and for KV events."""
-        self._settings, self._address = settings, address
+    def __init__(self, settings: SimulatedSettings, address: Address | None = None, *, embeds: bool = False) -> None:
+        """`address`: needed with disaggregation, and for KV events. `embeds`: it embeds and does not generate."""
+        self._settings, self._address, self._embeds = settings, address, embeds
+        self._embedding: dict[str, EmbeddingBatch] = {}  # by rid
         self._bus: Bus | None = None
         self._rooms: PrefillRooms | None = None
         self._fetcher: KvFetcher | None = None
@@ -307,7 +319,43 @@ class SimulatedEngine:
             kv_blocks=self._kv_tokens // settings.kv_block_tokens,
             kv_block_tokens=settings.kv_block_tokens,
             disaggregation=settings.disaggregation,
+            embedding=Embedding(dimensions=settings.embedding_dimensions, matryoshka=True) if self._embeds else None,
         )
+
+    async def embed(self, batch: EmbeddingBatch) -> tuple[Vector, ...]:
+        """See `Engine.embed`. A batch takes as long as a first token, one place, and the time of its tokens."""
+        self._refuse_batch(batch)
+        self._embedding[batch.rid] = batch
+        try:
+            async with self._slots:
+                ready_s = self._first_token_s(sum(map(len, batch.inputs)))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(ready_s):
+                        await self._closed.wait()
+        finally:
+            del self._embedding[batch.rid]
+        self._refuse_if_closed()
+        self._outputs += not batch.rid.startswith(CANARY)
+        whole, seed = self._settings.embedding_dimensions, self._settings.seed
+        return tuple(expected_vector(tokens, batch.dimensions or whole, whole, seed) for tokens in batch.inputs)
+
+    def _refuse_batch(self, batch: EmbeddingBatch) -> None:
+        self._refuse_if_closed()
+        if not self._embeds:
+            raise NotSupported("this engine generates and does not embed")
+        if batch.rid in self._embedding:
+            raise InvalidRequest(f"the engine already has a batch {batch.rid!r}", field="rid")
+        if self.suspended:
+            raise EngineSuspended(f"the engine is suspended: {self.suspended}")
+        limit = self._settings.context_len_tokens
+        for index, tokens in enumerate(batch.inputs):
+            if len(tokens) > limit:
+                field = f"input.{index}"
+                raise InvalidRequest(f"{field}: {len(tokens)} tokens", field=field, size=len(tokens), limit=limit)
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed.is_set():
+            raise EngineDied("the simulated engine was closed")
 
     async def _meet(self) -> None:
         assert self._address is not None, "a disaggregated engine needs an address"
@@ -336,6 +384,10 @@ class SimulatedEngine:
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """See `Engine.generate`. Waits for a free place first, in order of arrival."""
+        if self._embeds:
+            await self.embed(EmbeddingBatch(rid=request.rid, inputs=(request.token_ids,)))
+            yield EngineOutput(token_ids=NO_TOKENS, finish_reason="stop")
+            return
         self._refuse(request)
         outputs = self._in_place(request) if self._rooms is None else self._prefill(request, self._rooms)
         async with aclosing(outputs):
@@ -372,7 +424,7 @@ class SimulatedEngine:
         if self._rooms is not None:
             used = self._rooms.kv_tokens
         return Load(
-            running=len(self._running),
+            running=len(self._running) + sum(len(batch.inputs) for batch in self._embedding.values()),
             waiting=len(self._waiting),
             kv_tokens_used=used,
             kv_tokens=self._kv_tokens,
@@ -416,9 +468,8 @@ class SimulatedEngine:
         )
 
     def vitals(self) -> Vitals:
-        if self._closed.is_set():
-            raise EngineDied("the simulated engine was closed")
-        running = sum(not rid.startswith(CANARY) for rid in (*self._running, *self._waiting))
+        self._refuse_if_closed()
+        running = sum(not rid.startswith(CANARY) for rid in (*self._running, *self._waiting, *self._embedding))
         return Vitals(outputs=self._outputs, running=running)
 
     async def warm_up(self) -> None:
@@ -522,8 +573,7 @@ class SimulatedEngine:
 
     def _refuse(self, request: EngineRequest) -> None:
         """Raise InvalidRequest for what SGLang would refuse too, and for what cannot be simulated."""
-        if self._closed.is_set():
-            raise EngineDied("the simulated engine was closed")
+        self._refuse_if_closed()
         if request.rid in self._running or request.rid in self._waiting:
             raise InvalidRequest(f"the engine already has a request {request.rid!r}", field="rid")
         if self.suspended:

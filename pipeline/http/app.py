@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any, Final
 
-import msgspec
 import structlog
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -20,19 +19,19 @@ from pipeline.bus import Bus
 from pipeline.client import check_token
 from pipeline.completion import Completion, error_body
 from pipeline.config import GatewaySettings
-from pipeline.errors import BusUnavailable, PayloadTooLarge, PipelineError, UnknownModel, from_failure
+from pipeline.errors import BusUnavailable, PipelineError, UnknownModel, from_failure
 from pipeline.health import Health
 from pipeline.http.accounts import Account, Accounts
 from pipeline.http.asked import Asked, parse_body
+from pipeline.http.bodies import REQUEST_ID, json_response, read_body
 from pipeline.http.chunks import Chunks, Cursor
+from pipeline.http.embeddings import Embedder
 from pipeline.http.exchange import EventStream, Exchange, events, first_frames, while_there
 from pipeline.presence import Presence
+from pipeline.served import EMBEDS, GENERATES
 from subjects.messages import Failure
 
-DISCARDED_BYTES_MAX: Final = 16 * 1024 * 1024
-"""So much of a body that is too large is read, for its sender to hear the answer."""
 CLIENT_GONE: Final = 499
-REQUEST_ID: Final = "X-Request-Id"
 OWNER: Final = "sglang-nats"
 
 log = structlog.get_logger()
@@ -52,6 +51,7 @@ class Gateway:
     ) -> None:
         self._bus, self._presence, self._accounts = bus, presence, accounts
         self._settings, self._health, self._draining = settings, health, draining
+        self.embed = Embedder(accounts, settings).embed
 
     async def chat(self, request: Request) -> Response:
         return await self._generate(request, chat=True)
@@ -73,22 +73,22 @@ class Gateway:
 
     async def models(self, request: Request) -> Response:
         await self._account(request)
-        return _json({"object": "list", "data": [*self._models().values()]})
+        return json_response({"object": "list", "data": [*self._models().values()]})
 
     async def model(self, request: Request) -> Response:
         await self._account(request)
         name = request.path_params["model"]
         if name not in (models := self._models()):
             raise UnknownModel(f"model: no worker serves {name[:120]!r}", field="model")
-        return _json(models[name])
+        return json_response(models[name])
 
     async def live(self, _: Request) -> Response:
         now = self._health()
-        return _json(now.to_dict(), 200 if now.live else 503)
+        return json_response(now.to_dict(), 200 if now.live else 503)
 
     async def ready(self, _: Request) -> Response:
         now = self._health()
-        return _json(now.to_dict() | {"models": sorted(self._models())}, 200 if now.ready else 503)
+        return json_response(now.to_dict() | {"models": sorted(self._models())}, 200 if now.ready else 503)
 
     async def _account(self, request: Request) -> Account:
         return await self._accounts.of(request.headers.get("authorization"))
@@ -96,8 +96,8 @@ class Gateway:
     def _models(self) -> dict[str, dict[str, Any]]:
         """Every model that a worker has registered, as OpenAI's API gives it."""
         models: dict[str, dict[str, Any]] = {}
-        for state in self._presence.workers("decode"):
-            if state.down or not state.registered or state.card is None:
+        for state in self._presence.workers():
+            if state.role not in (GENERATES, EMBEDS) or state.down or not state.registered or state.card is None:
                 continue
             card = state.card
             model = {"id": card.model, "object": "model", "created": int(card.started_unix_s), "owned_by": OWNER}
@@ -107,7 +107,7 @@ class Gateway:
     async def _generate(self, request: Request, *, chat: bool) -> Response:
         """Publish a request and answer it, whole or as a stream. A client that leaves cancels it."""
         account = await self._account(request)
-        body = await _body(request, self._settings.body_bytes_max)
+        body = await read_body(request, self._settings.body_bytes_max)
         asked = parse_body(body, chat=chat, client=account.client.name, request_s=self._settings.request_s)
         account.begin()
         exchange = self._begun(account, asked, request.headers.get("traceparent"))
@@ -163,25 +163,7 @@ async def _whole(request: Request, exchange: Exchange, asked: Asked) -> Response
             completion.add(frame)
     if completion.failure is not None:
         raise from_failure(completion.failure)
-    return _json(completion.body(time.time()), headers={REQUEST_ID: asked.request_id})
-
-
-async def _body(request: Request, bytes_max: int) -> bytes:
-    """Raises PayloadTooLarge."""
-    body, size = bytearray(), 0
-    async for part in request.stream():
-        size += len(part)
-        if size <= bytes_max:
-            body += part
-        elif size > DISCARDED_BYTES_MAX:
-            break
-    if size > bytes_max:
-        raise PayloadTooLarge(f"the body has more than {bytes_max} bytes", size=size, limit=bytes_max)
-    return bytes(body)
-
-
-def _json(body: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
+    return json_response(completion.body(time.time()), headers={REQUEST_ID: asked.request_id})
 
 
 def _failed(failure: Failure) -> Response:
@@ -190,7 +172,7 @@ def _failed(failure: Failure) -> Response:
         headers["Retry-After"] = str(math.ceil(failure.retry_after_s or 1))
     if failure.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
-    return _json(error_body(failure), failure.status, headers)
+    return json_response(error_body(failure), failure.status, headers)
 
 
 async def _on_pipeline_error(_: Request, error: Exception) -> Response:
@@ -232,6 +214,7 @@ def make_app(gateway: Gateway, cors_origins: tuple[str, ...]) -> Starlette:
         routes=[
             Route("/v1/chat/completions", gateway.chat, methods=["POST"]),
             Route("/v1/completions", gateway.complete, methods=["POST"]),
+            Route("/v1/embeddings", gateway.embed, methods=["POST"]),
             Route("/v1/models", gateway.models),
             Route("/v1/models/{model:path}", gateway.model),
             Route("/v1/streams/{request_id}", gateway.stream),

@@ -6,7 +6,7 @@ Preprocess checks what it says; here is checked only what decides where the requ
 import time
 import uuid
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -45,7 +45,7 @@ def parse_body(body: bytes, *, chat: bool, client: str, request_s: float) -> Ask
 
     `request_s`: how long it may take if it does not say. It gets an id if it has none; all else stays as it came.
     """
-    fields = _decoded(body)
+    fields = decoded(body)
     _check_fields(fields, chat, client)
     request_id, deadline = fields.get("request_id") or uuid.uuid4().hex, fields.get("deadline")
     default_unix_s = time.time() + request_s
@@ -64,7 +64,8 @@ def parse_body(body: bytes, *, chat: bool, client: str, request_s: float) -> Ask
     )
 
 
-def _decoded(body: bytes) -> dict[str, Any]:
+def decoded(body: bytes) -> dict[str, Any]:
+    """A body's fields. Raises InvalidRequest."""
     try:
         fields = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -78,12 +79,25 @@ def _decoded(body: bytes) -> dict[str, Any]:
 
 def _check_fields(fields: dict[str, Any], chat: bool, client: str) -> None:
     """Raises InvalidRequest."""
+    refuse_fields_of(fields, *(("prompt", "input") if chat else ("messages", "input")))
+    check_names(fields, client)
+
+
+_ROUTES: Final = {"prompt": "/v1/completions", "messages": "/v1/chat/completions", "input": "/v1/embeddings"}
+
+
+def refuse_fields_of(fields: dict[str, Any], *others: str) -> None:
+    """Raises InvalidRequest for a field by which another route's requests are told."""
+    for wrong in others:
+        if fields.get(wrong) is not None:
+            raise InvalidRequest(f"{wrong}: is a field of {_ROUTES[wrong]}", field=wrong)
+
+
+def check_names(fields: dict[str, Any], client: str) -> None:
+    """What decides where a request goes and its answer comes. Raises InvalidRequest."""
     model, request_id = fields.get("model"), fields.get("request_id")
     if not isinstance(model, str) or not model or not model.isprintable():
         raise InvalidRequest("model: name one of /v1/models", field="model")
-    wrong, other = ("prompt", "/v1/completions") if chat else ("messages", "/v1/chat/completions")
-    if fields.get(wrong) is not None:
-        raise InvalidRequest(f"{wrong}: is a field of {other}", field=wrong)
     if request_id is not None:
         if not isinstance(request_id, str):
             raise InvalidRequest("request_id: must be a string", field="request_id")

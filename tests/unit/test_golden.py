@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from subjects import messages as m
-from subjects.codec import BlockHashes, Format, TokenIds, decode, encode
+from subjects.codec import BlockHashes, Format, TokenIds, Vector, decode, encode
 
 GOLDEN: Final = Path(__file__).parents[1] / "golden"
 TOKENS: Final = TokenIds.of([0, 1, 255, 256, 49151, 2**32 - 1])
@@ -60,6 +60,7 @@ TIMING: Final = m.Timing(
 TEXT: Final = m.TextContent(text="What is the capital of France? 北京 🧑‍🚀")
 SCHEMA: Final = m.JsonSchema(name="answer", schema={"type": "object"}, description="d", strict=True)
 RESPONSE_FORMAT: Final = m.ResponseFormat(type="json_schema", json_schema=SCHEMA)
+EMBEDDING: Final = m.Embedding(dimensions=384, matryoshka=True, matryoshka_dimensions=(128, 256))
 LOAD: Final = m.Load(
     running=2,
     waiting=1,
@@ -115,10 +116,30 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             no_stop_trim=True,
             user="u",
         ),
+        m.EmbeddingRequest(
+            input=("What is the capital of France?", "北京"),
+            model="minilm",
+            request_id="r-1",
+            client="me",
+            deadline=1790000000.5,
+            dimensions=128,
+            encoding_format="base64",
+            user="u",
+        ),
         STOP,
         SAMPLING,
         OUTPUT,
         m.Work(request_id="r-1", deadline_unix_s=1790000000.5),
+        m.OwnedTask(
+            request_id="r-1",
+            deadline_unix_s=1790000000.5,
+            client="me",
+            model="smollm2",
+            choices=2,
+            reply_format=Format.JSON,
+            accepted_unix_s=1789999990.25,
+            reader="_INBOX_me.1",
+        ),
         m.PreprocessedRequest(
             request_id="r-1",
             deadline_unix_s=1790000000.5,
@@ -133,6 +154,18 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             accepted_unix_s=1789999990.25,
             reader="_INBOX_me.1",
             priority=7,
+        ),
+        m.EmbeddingTask(
+            request_id="r-1",
+            deadline_unix_s=1790000000.5,
+            client="me",
+            model="minilm",
+            choices=2,
+            reply_format=Format.JSON,
+            accepted_unix_s=1789999990.25,
+            reader="_INBOX_me.1",
+            inputs=(TOKENS, TokenIds.of([101, 102])),
+            dimensions=128,
         ),
         m.PrefillTask(
             request_id="r-1",
@@ -162,6 +195,7 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             token_ids=TOKENS,
             text=" Paris",
             logprobs=(LOGPROBS,),
+            embedding=Vector.of([0.5, -0.25, 0.0]),
             finish_reason="error",
             matched_stop="\n\n",
             usage=USAGE,
@@ -172,6 +206,7 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
         m.Cancel(reason="changed my mind"),
         m.ControlRequest(arguments={"steps": 5}),
         m.ControlReply(ok=False, result={"path": "trace"}, error=FAILURE),
+        EMBEDDING,
         m.ModelCard(
             worker="decode-1",
             role="decode",
@@ -191,6 +226,7 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             reasoning_parser="gpt-oss",
             tool_call_parser="gpt-oss",
             chat_template="{{ messages }}",
+            embedding=EMBEDDING,
             started_unix_s=1789999000.0,
         ),
         LOAD,

@@ -93,7 +93,7 @@ async def test_an_error_has_its_status(error: Exception, status: int, retry_afte
     async def fail(_: Request) -> Response:
         raise error
 
-    routes = ("chat", "complete", "models", "model", "stream", "live", "ready")
+    routes = ("chat", "complete", "embed", "models", "model", "stream", "live", "ready")
     app = make_app(SimpleNamespace(**dict.fromkeys(routes, fail)), ())
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:

@@ -102,6 +102,7 @@ SYMBOLS: Final = (
             "priority",
         ),
     ),
+    Symbol(_IO, "EmbeddingReqInput", ("rid", "input_ids", "dimensions")),
     Symbol(
         "sglang.srt.sampling.sampling_params",
         "SamplingParams",
@@ -196,8 +197,11 @@ SYMBOLS: Final = (
 )
 
 _SCHEDULER: Final = "sglang.srt.managers.scheduler"
+_CHECK_DIMENSIONS: Final = "TokenizerManager._validate_for_matryoshka_dim"
 TEXTS: Final = (
     Symbol(_ENGINE, "Engine.__init__"),
+    Symbol(_MANAGER, _CHECK_DIMENSIONS),
+    Symbol(_MANAGER, "TokenizerManager._validate_one_request"),
     Symbol(_ENGINE, "_set_envs_and_config"),
     Symbol(_MANAGER, "TokenizerManager.auto_create_handle_loop"),
     Symbol(_MANAGER, "TokenizerManager.init_running_status"),
@@ -214,6 +218,11 @@ _LINES: Final = {
         "self.tokenizer_manager = tokenizer_manager",
         "self.port_args = port_args",
         "self.send_to_rpc = ",
+    ),
+    _CHECK_DIMENSIONS: ("self.model_config.is_matryoshka", "self.model_config.matryoshka_dimensions"),
+    "TokenizerManager._validate_one_request": (
+        "isinstance(obj, EmbeddingReqInput) and self.is_generation",
+        "if input_token_num >= self.context_len",
     ),
     "_set_envs_and_config": ("enable_metrics:\n        set_prometheus_multiproc_dir()",),
     "TokenizerManager.auto_create_handle_loop": ("if self.event_loop is not None:\n            return",),

@@ -14,16 +14,24 @@ from typing import Any, Final
 
 import structlog
 
-from pipeline.engine.protocol import CANARY, EngineInfo, EngineOutput, EngineRequest, Room, Vitals
+from pipeline.engine.protocol import CANARY, EmbeddingBatch, EngineInfo, EngineOutput, EngineRequest, Room, Vitals
 from pipeline.engine.sglang import launch, outputs, requests, series, vitals
 from pipeline.engine.sglang.handshake import HandshakeSettings
 from pipeline.engine.sglang.kv_events import KvEventsSettings
 from pipeline.engine.sglang.operations import Operations
-from pipeline.errors import EngineDied, EngineFailed, EngineStartError, EngineSuspended, InvalidRequest, PipelineError
+from pipeline.errors import (
+    EngineDied,
+    EngineFailed,
+    EngineStartError,
+    EngineSuspended,
+    InvalidRequest,
+    NotSupported,
+    PipelineError,
+)
 from pipeline.models import prepare_model
 from pipeline.operations import Arguments
-from subjects.codec import TokenIds
-from subjects.messages import Load, MetricFamily, SamplingOptions, StopConditions
+from subjects.codec import NO_TOKENS, TokenIds, Vector
+from subjects.messages import Embedding, Load, MetricFamily, SamplingOptions, StopConditions
 
 INFO_S_MAX: Final = 60.0
 """How long a started scheduler may take to answer its first question."""
@@ -83,6 +91,7 @@ class SglangEngine:
         self._read_outputs(loop)
         async with asyncio.timeout(INFO_S_MAX):
             (state, *_) = await self._manager.get_internal_state()
+        self._check_kind()
         self._sampling = _Sampling.of(self._manager.model_config, state)
         self._operations = Operations(self._manager, self._folder)
         self._processes = await asyncio.to_thread(vitals.engine_processes, launch.children() - self._others)
@@ -92,19 +101,16 @@ class SglangEngine:
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """See `Engine.generate`."""
-        self._refuse_if_dead()
-        if self.suspended:
-            raise EngineSuspended(f"the engine is suspended: {self.suspended}")
+        self._refuse_if_out_of_work()
+        if self._embeds:
+            await self.embed(EmbeddingBatch(rid=request.rid, inputs=(request.token_ids,)))
+            yield EngineOutput(token_ids=NO_TOKENS, finish_reason="stop")
+            return
         from sglang.srt.managers.io_struct import GenerateReqInput
 
-        if request.rid in self._streams:
-            raise InvalidRequest(f"the engine already has a request {request.rid!r}", field="rid")
         defaults = self._sampling.defaults(request.sampling)
         given = GenerateReqInput(**requests.arguments(request, defaults, self._priority_sign))
-        chunks = self._manager.generate_request(given, None)
-        stream = self._streams[request.rid] = _Stream(
-            chunks if request.rid.startswith(CANARY) else self._counted(chunks)
-        )
+        stream = self._begun(request.rid, given)
         try:
             while True:
                 output = outputs.step(
@@ -119,6 +125,33 @@ class SglangEngine:
             del self._streams[request.rid]
             await stream.close()
 
+    async def embed(self, batch: EmbeddingBatch) -> tuple[Vector, ...]:
+        """See `Engine.embed`. SGLang puts what waits into one forward pass, up to its max_prefill_tokens."""
+        self._refuse_if_out_of_work()
+        if not self._embeds:
+            raise NotSupported("this engine generates and does not embed")
+        from sglang.srt.managers.io_struct import EmbeddingReqInput
+
+        rids = [f"{batch.rid}.{place}" for place in range(len(batch.inputs))]
+        streams: list[_Stream] = []
+        try:
+            for rid, tokens in zip(rids, batch.inputs, strict=True):
+                given = EmbeddingReqInput(rid=rid, input_ids=tokens.tolist(), dimensions=batch.dimensions)
+                streams.append(self._begun(rid, given))
+            return tuple([outputs.vector(await stream.next()) for stream in streams])
+        finally:
+            for rid, _ in zip(rids, streams, strict=False):
+                del self._streams[rid]
+            await asyncio.gather(*(stream.close() for stream in streams))
+
+    def _begun(self, rid: str, given: Any) -> "_Stream":
+        """Give SGLang a request; its caller takes it out of `_streams`. Raises InvalidRequest."""
+        if rid in self._streams:
+            raise InvalidRequest(f"the engine already has a request {rid!r}", field="rid")
+        chunks = self._manager.generate_request(given, None)
+        stream = self._streams[rid] = _Stream(chunks if rid.startswith(CANARY) else self._counted(chunks))
+        return stream
+
     async def warm_up(self) -> None:
         """Prefill one prompt: SGLang's kernels compile and its pools are touched at the first.
 
@@ -130,14 +163,18 @@ class SglangEngine:
         mode = self._handshake.role if self._handshake else None
         if mode == "decode":
             return
+        prompt = [self._first_token] * WARM_UP_TOKENS
         given = GenerateReqInput(
-            input_ids=[self._first_token] * WARM_UP_TOKENS,
+            input_ids=prompt,
             sampling_params={"max_new_tokens": 1, "temperature": 0, "ignore_eos": True},
             bootstrap_host=requests.FAKE_BOOTSTRAP_HOST if mode else None,
             bootstrap_room=0 if mode else None,
         )
 
         async def prefill() -> None:
+            if self._embeds:
+                await self.embed(EmbeddingBatch(rid=f"{CANARY}warm-up", inputs=(TokenIds.of(prompt),)))
+                return
             async for _ in self._manager.generate_request(given, None):
                 pass
 
@@ -235,6 +272,17 @@ class SglangEngine:
         self._thread.shutdown(wait=False)
 
     @property
+    def _embeds(self) -> bool:
+        return not self._manager.is_generation
+
+    def _check_kind(self) -> None:
+        """Raises EngineStartError for a model that can only embed where it was to generate."""
+        if self._embeds and not self._server_args.get("is_embedding"):
+            raise EngineStartError(
+                f"{self._model_path} makes embeddings and generates nothing: start it with `sglang-nats embed`"
+            )
+
+    @property
     def _first_token(self) -> int:
         """What a prompt begins with: BOS, else EOS where the model has no BOS, else the first of the vocabulary."""
         tokenizer = self._manager.tokenizer
@@ -290,6 +338,11 @@ class SglangEngine:
         for stream in self._streams.values():
             stream.fail(EngineDied(reason))
 
+    def _refuse_if_out_of_work(self) -> None:
+        self._refuse_if_dead()
+        if self.suspended:
+            raise EngineSuspended(f"the engine is suspended: {self.suspended}")
+
     def _refuse_if_dead(self) -> None:
         if self._death is None or self._manager is None:
             raise EngineDied("the engine is not started")
@@ -324,6 +377,16 @@ class SglangEngine:
             tp_size=state["tp_size"],
             reasoning_parser=state["reasoning_parser"],
             tool_call_parser=state["tool_call_parser"],
+            embedding=self._embedding() if self._embeds else None,
+        )
+
+    def _embedding(self) -> Embedding:
+        """As SGLang checks it at each request (TokenizerManager._validate_for_matryoshka_dim)."""
+        model = self._manager.model_config
+        return Embedding(
+            dimensions=model.hidden_size,
+            matryoshka=bool(model.is_matryoshka),
+            matryoshka_dimensions=tuple(model.matryoshka_dimensions or ()),
         )
 
 

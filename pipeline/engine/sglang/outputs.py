@@ -4,6 +4,7 @@ A chunk is `{"text", "output_ids", "meta_info"}`, each piece new since the chunk
 streaming); `meta_info["finish_reason"]` is a dictionary on the last one.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Final
@@ -11,7 +12,7 @@ from typing import Any, Final
 from pipeline.engine.protocol import EngineOutput
 from pipeline.engine.sglang.requests import refusal
 from pipeline.errors import EngineFailed, PrefillLost
-from subjects.codec import NO_TOKENS, TokenIds
+from subjects.codec import NO_TOKENS, TokenIds, Vector
 from subjects.messages import PositionLogprobs, TokenLogprob
 
 _TRANSFER_FAILED: Final = "KVTransferError"
@@ -33,6 +34,21 @@ def step(chunk: Mapping[str, Any], *, logprobs: bool, top_logprobs: int) -> Engi
         matched_stop=finish.get("matched") if finish else None,
         cached_tokens=meta["cached_tokens"] if finish else 0,
     )
+
+
+def vector(chunk: Mapping[str, Any]) -> Vector:
+    """An embedding's only chunk, `{"embedding", "meta_info"}`, as a vector: f32[dimensions].
+
+    Raises InvalidRequest where SGLang refused the input, EngineFailed where it gave no vector.
+    """
+    finish = chunk["meta_info"].get("finish_reason")
+    if finish and finish["type"] == "abort":
+        _aborted(finish)
+        raise EngineFailed("SGLang took the input back")
+    numbers = chunk["embedding"]
+    if not isinstance(numbers, list) or not math.isfinite(math.fsum(numbers)):
+        raise EngineFailed("SGLang answered with what is no vector of finite numbers")
+    return Vector.of(numbers)
 
 
 def _aborted(finish: Mapping[str, Any]) -> EngineOutput:
