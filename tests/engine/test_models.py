@@ -73,7 +73,7 @@ def test_a_conversion_that_dies_leaves_no_folder(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGML" + bytes(100))
-    monkeypatch.setattr(models, "_gguf_file", lambda: broken)
+    monkeypatch.setattr(models, "_file_of", lambda package, ending: broken)
     with pytest.raises(EngineStartError, match=r"broken.gguf is not a GGUF file"):
         prepare_model(BUILTIN_MODEL)
     assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock"]

@@ -178,6 +178,9 @@ SYMBOLS: Final = (
         ("probs", "top_ks", "top_ps", "min_ps", "need_min_p_sampling", "sampling_seed", "positions"),
     ),
     Symbol("sglang.srt.disaggregation.nixl.conn", "NixlKVManager.__init__"),
+    Symbol("sglang.srt.layers.pooler", "pool_hidden_states", ("pooling_type", "hidden_states", "forward_batch")),
+    Symbol("sglang.srt.layers.pooler", "PoolingType.CLS"),
+    Symbol("sglang.srt.layers.pooler", "PoolingType.LAST"),
     # KV events: `kv_events` and `kv_event_publisher`.
     Symbol(_KV_EVENTS, "EventPublisherFactory.register_publisher", ("name", "ctor")),
     Symbol(_KV_EVENTS, "EventPublisherFactory.create", ("config", "attn_dp_rank")),

@@ -15,7 +15,7 @@ from typing import Any, Final
 import structlog
 
 from pipeline.engine.protocol import CANARY, EmbeddingBatch, EngineInfo, EngineOutput, EngineRequest, Room, Vitals
-from pipeline.engine.sglang import launch, outputs, requests, series, vitals
+from pipeline.engine.sglang import launch, outputs, pooling, requests, series, vitals
 from pipeline.engine.sglang.handshake import HandshakeSettings
 from pipeline.engine.sglang.kv_events import KvEventsSettings
 from pipeline.engine.sglang.operations import Operations
@@ -299,6 +299,7 @@ class SglangEngine:
         """Runs in the engine's own thread."""
         path = prepare_model(self._model_path)
         self._folder = str(path)
+        pooling.announce(path if self._server_args.get("is_embedding") else None)
         if self._handshake is not None:
             os.environ.update(self._handshake.to_environment())  # SGLang's processes inherit it
         return launch.launch(str(path), self._server_args, self._given_up, self._inlet.outlet, self._kv_events)

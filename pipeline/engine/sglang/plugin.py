@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 
-from pipeline.engine.sglang import cpu_platform, kv_events
+from pipeline.engine.sglang import cpu_platform, kv_events, pooling
 from pipeline.engine.sglang.handshake import from_environment, install
 from pipeline.engine.sglang.ports import close_ports
 from pipeline.errors import EngineStartError
@@ -22,6 +22,7 @@ def register() -> None:
     try:
         cpu_platform.patch()
         close_ports()
+        pooling.install()
         if (handshake := from_environment()) is not None:
             install(handshake)
         if (events := kv_events.from_environment()) is not None:
