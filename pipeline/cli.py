@@ -231,6 +231,19 @@ def _request_fields(json_file: Path | None, prompt: str | None, system: str | No
 
 
 @app.command(rich_help_panel=ASK)
+def embed_text(
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="What to embed.")],
+    model: ModelOption = None,
+    dimensions: Annotated[int | None, typer.Option(min=1, help="Shorter vectors, where the model has them.")] = None,
+    nats: NatsOption = None,
+) -> None:
+    """Turn texts into vectors; each is a line of JSON on standard output."""
+    from pipeline import look
+
+    raise typer.Exit(_run(look.embed(nats or config.nats_url(), model, texts, dimensions)))
+
+
+@app.command(rich_help_panel=ASK)
 def resume(
     request_id: Annotated[str, typer.Argument(help="The request's id.")],
     client: Annotated[

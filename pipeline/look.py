@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import sys
 import time
 import uuid
@@ -54,6 +55,17 @@ async def ask(
     if verbose:
         err.print(f"its timeline: sglang-nats trace {rest['request_id']} --client {asking.name}", style="dim")
     return _told(answer)
+
+
+async def embed(url: str, model: str | None, texts: list[str], dimensions: int | None) -> int:
+    """Print each text's vector as a line of JSON; the exit code. Raises PipelineError with a sentence."""
+    named = model or await _only_model(url)
+    async with Client.connect(url) as asking:
+        answer = await asking.embed(model=named, input=tuple(texts), dimensions=dimensions)
+    for index, vector in enumerate(answer.vectors):
+        print(json.dumps({"index": index, "embedding": vector.tolist()}))
+    err.print(f"{len(texts)} vectors of {len(answer.vectors[0])}, {answer.prompt_tokens} tokens", style="dim")
+    return 0
 
 
 @contextlib.contextmanager
@@ -175,7 +187,7 @@ async def show_workers(url: str) -> None:
 
 def _served(state: WorkerState) -> str | None:
     """The model whose requests a worker takes from the queues that can be paused."""
-    return state.heartbeat.model if state.heartbeat and state.role == "decode" else None
+    return state.heartbeat.model if state.heartbeat and state.role in ("decode", "embed") else None
 
 
 async def show_streams(url: str) -> None:

@@ -1,7 +1,7 @@
 """`pause` and `unpause`: a model's requests are accepted and kept, but no worker gets one.
 
-It is JetStream's own pause of the model's decode consumers (ADR-40 of nats-server 2.11), so it is the broker's: workers
-may come and go meanwhile.
+It is JetStream's own pause of the model's decode and embed consumers (ADR-40 of nats-server 2.11), so it is the
+broker's: workers may come and go meanwhile.
 """
 
 import re
@@ -37,7 +37,7 @@ async def pause(url: str, model: str, span: timedelta | None) -> int:
     bus = await Bus.connect(url, name="pause", timeout_s=CONNECT_S_MAX)
     try:
         await _check_known(bus, model)
-        for consumer in streams.decode_consumers(model):
+        for consumer in streams.owned_consumers(model):
             await bus.ensure_consumer(consumer)
         consumers = await _consumers(bus, model)
         for consumer in consumers:
@@ -57,7 +57,7 @@ async def unpause(url: str, model: str) -> int:
     try:
         await _check_known(bus, model)
         was_until_unix_s = await paused_until(bus, model)
-        for consumer in streams.decode_consumers(model):
+        for consumer in streams.owned_consumers(model):
             await bus.ensure_consumer(consumer)
         for consumer in await _consumers(bus, model):
             await _pause(bus, consumer, None)
@@ -81,7 +81,7 @@ async def keep_paused(bus: Bus, model: str, worker: str) -> None:
 async def paused_until(bus: Bus, model: str) -> float | None:
     """Until when a model is paused, on the Unix clock; None where it is not, or nobody has served it yet."""
     ends = []
-    for consumer in streams.decode_consumers(model):
+    for consumer in streams.owned_consumers(model):
         try:
             ends.append((await _state(bus, consumer)).paused_until_unix_s or 0.0)
         except BrokerRefused:
@@ -113,7 +113,7 @@ async def _check_known(bus: Bus, model: str) -> None:
 
 async def _consumers(bus: Bus, model: str) -> list[ConsumerSpec]:
     """All that there are of a model's decode workers, shared and their own."""
-    return [*streams.decode_consumers(model), *await addressed(bus, [model], "decode")]
+    return [*streams.owned_consumers(model), *await addressed(bus, [model], "decode")]
 
 
 async def _state(bus: Bus, consumer: ConsumerSpec) -> ConsumerState:

@@ -245,6 +245,11 @@ def embed_any(model: str) -> ConsumerSpec:
     return ConsumerSpec(name=f"embed-{token(model)}", stream=WORK.name, filter_subject=names.EMBED_ANY.of(model=model))
 
 
+def owned_consumers(model: str) -> tuple[ConsumerSpec, ...]:
+    """What the workers of a model share that answer its clients."""
+    return *decode_consumers(model), embed_any(model)
+
+
 def all_consumers(models: Iterable[str]) -> tuple[ConsumerSpec, ...]:
     """Every consumer of a pipeline that serves these models, but the workers' own."""
     of_models = ((*decode_consumers(model), prefill_any(model), embed_any(model)) for model in sorted(models))

@@ -19,7 +19,7 @@ from pipeline.runner import Runner
 from pipeline.stage import Emit, Task, emit_frame, end_with_error, stage
 from subjects import names, streams
 from subjects.codec import TokenIds, decode, encode
-from subjects.messages import Frame, PreprocessedRequest, StopConditions
+from subjects.messages import EmbeddingTask, Frame, PreprocessedRequest, StopConditions
 
 MODEL = "m"
 WAIT_S = 15.0
@@ -106,6 +106,20 @@ async def test_what_waits_is_ended_at_its_deadline_and_the_rest_is_left(scene):
             await sweeper.sweep()
     assert await scene.ends() == [(f"r{n}", choice, "deadline_exceeded") for n in range(3) for choice in range(2)]
     assert "before a worker took the request" in (await scene.frames())[-1].error.message
+
+
+async def test_an_embedding_request_that_waits_is_ended_too(scene):
+    task = EmbeddingTask(
+        request_id="e",
+        client="c",
+        model=MODEL,
+        choices=2,
+        inputs=(TokenIds.of([5]), TokenIds.of([6, 7])),
+        deadline_unix_s=time.time() + 0.3,
+    )
+    await scene.bus.publish_durable(names.EMBED_ANY.of(model=MODEL), encode(task), msg_id="e")
+    await scene.until_empty(Sweeper(scene.bus, scene.log))
+    assert await scene.ends() == [("e", 0, "deadline_exceeded"), ("e", 1, "deadline_exceeded")]
 
 
 async def test_a_running_sweeper_answers_a_paused_model(scene, nats_server):

@@ -33,7 +33,7 @@ async def test_it_tells_what_waits_what_is_in_work_and_since_when(pipeline: Bus,
     reader = QueueReader(pipeline)
     idle = await reader.read(["m"])
     assert (idle.consumers[KEY].pending, idle.oldest_s[KEY]) == (0, 0.0)
-    assert idle.depths == {("requests", "m"): 0, ("decode", "m"): 0, ("prefill", "m"): 0}
+    assert idle.depths == {("requests", "m"): 0, ("decode", "m"): 0, ("prefill", "m"): 0, ("embed", "m"): 0}
 
     before_s = time.time()
     await publish(pipeline, 3)
