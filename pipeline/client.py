@@ -182,13 +182,17 @@ class Client:
         request = EmbeddingRequest(**filled)
         check_token("request_id", filled["request_id"])
         answer = Embeddings(filled["request_id"], model, inputs_of(request.input))
-        await self.collect(answer, encode(request), deadline_unix_s=filled["deadline"], traceparent=traceparent)
+        try:
+            await self.collect(answer, encode(request), deadline_unix_s=filled["deadline"], traceparent=traceparent)
+        except asyncio.CancelledError:
+            await self.cancel(answer.request_id)
+            raise
         return answer
 
     async def collect(
         self, answer: Embeddings, payload: bytes, *, deadline_unix_s: float, traceparent: str | None = None
     ) -> None:
-        """As `embed`, of a request that is encoded already: fill its answer."""
+        """As `embed`, of a request that is encoded already: fill its answer. Cancelling it leaves it running."""
         frames = self.run(
             answer.model,
             payload,
@@ -197,13 +201,9 @@ class Client:
             deadline_unix_s=deadline_unix_s,
             traceparent=traceparent,
         )
-        try:
-            async with contextlib.aclosing(frames):
-                async for frame in frames:
-                    answer.add(frame)
-        except asyncio.CancelledError:
-            await self.cancel(answer.request_id)
-            raise
+        async with contextlib.aclosing(frames):
+            async for frame in frames:
+                answer.add(frame)
         if answer.failure is not None:
             raise from_failure(answer.failure)
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from pipeline import metrics
 from pipeline.engine.protocol import EmbeddingBatch, Engine
-from pipeline.errors import PayloadTooLarge
+from pipeline.errors import ConfigError, PayloadTooLarge
 from pipeline.responses import ResponseLog
 from pipeline.stage import Emit, Task, answer_owned, emit_frame, stage
 from pipeline.worker import Worker
@@ -89,6 +89,8 @@ class _Ends:
 async def serve(worker: Worker) -> None:
     """Start the engine, publish the model card, and own embedding requests until the worker drains."""
     engine = await worker.start_engine()
+    if worker.info is None or worker.info.embedding is None:
+        raise ConfigError("this engine generates: an embed worker needs is_embedding", field="sglang.is_embedding")
     consumer = streams.embed_any(worker.model)
     await worker.bus.ensure_consumer(consumer)
     await worker.publish_card()

@@ -10,7 +10,7 @@ import uuid
 from typing import Any, Final
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from pipeline.config import GatewaySettings
@@ -32,28 +32,30 @@ class Embedder:
         self._accounts, self._settings = accounts, settings
 
     async def embed(self, request: Request) -> Response:
-        """A client that leaves cancels its request."""
+        """A client that leaves cancels its request; a gateway that stops cancels nothing."""
         account = await self._accounts.of(request.headers.get("authorization"))
         fields = decoded(await read_body(request, self._settings.body_bytes_max))
         refuse_fields_of(fields, "messages", "prompt")
         check_names(fields, account.client.name)
+        if fields.get("input") is None:
+            raise InvalidRequest("input: is required: a text, a list of texts, or token ids", field="input")
+        answer = Embeddings(fields.get("request_id") or uuid.uuid4().hex, fields["model"], inputs_of(fields["input"]))
         account.begin()
         try:
-            answer = await while_there(request, self._ask(account, fields, request.headers.get("traceparent")))
+            await while_there(request, self._collect(account, answer, fields, request.headers.get("traceparent")))
+        except ClientDisconnect:
+            await account.client.cancel(answer.request_id)
+            raise
         finally:
             account.end()
         return await asyncio.to_thread(_whole, answer, fields.get("encoding_format") or FORMAT_DEFAULT)
 
-    async def _ask(self, account: Account, fields: dict[str, Any], traceparent: str | None) -> Embeddings:
-        if fields.get("input") is None:
-            raise InvalidRequest("input: is required: a text, a list of texts, or token ids", field="input")
+    async def _collect(
+        self, account: Account, answer: Embeddings, fields: dict[str, Any], traceparent: str | None
+    ) -> None:
         deadline, default_unix_s = fields.get("deadline"), time.time() + self._settings.request_s
         known = isinstance(deadline, int | float) and not isinstance(deadline, bool)
-        own = {
-            "request_id": fields.get("request_id") or uuid.uuid4().hex,
-            "deadline": default_unix_s if deadline is None else deadline,
-        }
-        answer = Embeddings(own["request_id"], fields["model"], inputs_of(fields["input"]))
+        own = {"request_id": answer.request_id, "deadline": default_unix_s if deadline is None else deadline}
         try:
             payload = msgspec.msgpack.encode(fields | own)
         except OverflowError:
@@ -61,7 +63,6 @@ class Embedder:
         await account.client.collect(
             answer, payload, deadline_unix_s=deadline if known else default_unix_s, traceparent=traceparent
         )
-        return answer
 
 
 def _whole(answer: Embeddings, encoding_format: str) -> Response:

@@ -200,19 +200,20 @@ async def test_each_input_has_one_end_though_its_worker_is_killed(serving: Servi
     assert answer.vectors == [wanted(tokens) for tokens in inputs]
 
 
-async def test_a_request_that_nobody_waits_for_any_more_is_cancelled(serving: Serving):
-    asking = asyncio.create_task(
-        serving.client.embed(model=MODEL, input=[[number] for number in range(INPUTS_MAX)], request_id="left")
-    )
+@pytest.mark.parametrize("over_http", [False, True])
+async def test_a_request_that_nobody_waits_for_any_more_is_cancelled(serving: Serving, over_http: bool):
+    client, request_id = ("http" if over_http else serving.client.name), f"left-{over_http}"
+    fields = {"input": [[number] for number in range(INPUTS_MAX)], "request_id": request_id}
     heard: asyncio.Queue[Received] = asyncio.Queue()
-    await serving.bus.subscribe(names.RESPONSES.of(client=serving.client.name, request_id="left"), heard.put_nowait)
+    subject = names.RESPONSES.of(client=client, request_id=request_id)
+    await serving.bus.subscribe(subject, heard.put_nowait)
+    asking = asyncio.create_task(serving.post(**fields) if over_http else serving.client.embed(model=MODEL, **fields))
     async with asyncio.timeout(ANSWER_S_MAX):
         await heard.get()
         asking.cancel()
         while decode(Frame, (await heard.get()).payload).choice < INPUTS_MAX - 1:
             pass
-    log = serving.bus.read(streams.RESPONSES.name, names.RESPONSES.of(client=serving.client.name, request_id="left"))
-    ends = [decode(Frame, stored.payload) async for stored in log]
+    ends = [decode(Frame, stored.payload) async for stored in serving.bus.read(streams.RESPONSES.name, subject)]
     assert Counter(frame.choice for frame in ends) == Counter(range(INPUTS_MAX))
     assert Counter(frame.finish_reason for frame in ends)["abort"] > INPUTS_MAX / 2
 
