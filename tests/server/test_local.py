@@ -72,7 +72,8 @@ async def test_it_serves_restarts_a_killed_worker_and_leaves_nothing_behind(tmp_
         async with Tap.on(local.url) as tap:
             assert await answer(local.url) == 8
             await tap.settle()
-        assert {"client -> preprocess", "preprocess -> decode", "decode -> client"} <= {s.flow for s in tap.seen()}
+        flows = {subject.flow for subject in tap.seen()}
+        assert {"client -> preprocess", "preprocess -> decode", "decode, embed -> client"} <= flows
         (address,) = local.metrics_addresses()
         await until_scraped(
             address, 'sglang_nats_ttft_seconds_count{model="smollm2",role="decode",worker="decode-0"} 1.0'
