@@ -186,13 +186,15 @@ async def test_each_input_has_one_end_though_its_worker_is_killed(serving: Servi
     """Killed after the first batch, in the second: the next owner makes what is missing, and nothing twice."""
     inputs = [[number + 3, 4] for number in range(3 * BATCH_INPUTS_MAX)]
     heard: asyncio.Queue[Received] = asyncio.Queue()
-    await serving.bus.subscribe(names.RESPONSES.of(client=serving.client.name, request_id="struck"), heard.put_nowait)
+    subject = names.RESPONSES.of(client=serving.client.name, request_id="struck")
+    await serving.bus.subscribe(subject, heard.put_nowait)
     asking = asyncio.create_task(serving.client.embed(model=MODEL, input=inputs, request_id="struck"))
     async with asyncio.timeout(ANSWER_S_MAX):
         first = decode(Frame, (await heard.get()).payload)
         owner = next(child for child in serving.local.children if child.name == first.worker)
         os.kill(owner.process.pid, signal.SIGKILL)
         answer = await asking
+    await serving.bus.flush()  # what the client has heard on its connection is heard on this one too
     later = [decode(Frame, heard.get_nowait().payload) for _ in range(heard.qsize())]
     ends = [frame for frame in [first, *later] if frame.finish_reason]
     assert Counter(frame.choice for frame in ends) == Counter(range(len(inputs)))
