@@ -12,7 +12,7 @@ import contextlib
 import functools
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -47,15 +47,16 @@ class Submitted:
 
 
 class Client:
-    """Requests over one connection. All answers come in on one wildcard subscription."""
+    """Requests over one connection. All answers come in on one wildcard subscription, or each on its own."""
 
-    def __init__(self, bus: Bus, client: str) -> None:
+    def __init__(self, bus: Bus, client: str, *, shared: bool = False) -> None:
         """On a connection that others use too; `start` comes next. Raises InvalidRequest for a name no subject has.
 
-        `connect` is for who has no connection yet.
+        `shared`: other processes ask under this name, and this one hears only the answers to what it asks itself,
+        for the price of a subscription each. `connect` is for who has no connection yet.
         """
         check_token("client", client)
-        self._bus, self.name = bus, client
+        self._bus, self.name, self._shared = bus, client, shared
         self._live: dict[str, list[LiveFrames]] = {}  # by request id
         self._subscription: Subscription | None = None
         self._reader: Subscription | None = None  # where workers ask whether this process still reads
@@ -82,7 +83,8 @@ class Client:
 
     async def start(self) -> None:
         """Begin to listen, until the connection's end."""
-        self._subscription = await self._bus.subscribe(names.RESPONSES.any(client=self.name), self._hear)
+        if not self._shared:
+            self._subscription = await self._bus.subscribe(names.RESPONSES.any(client=self.name), self._hear)
         self._bus.on_reconnect(self._look_again)
 
     async def submit(self, *, model: str, traceparent: str | None = None, **fields: Any) -> Submitted:
@@ -220,7 +222,7 @@ class Client:
         cancel_if_gone: bool = False,
     ) -> AsyncIterator[Frame]:
         """As `generate`, of a request that is encoded already. Closing the iterator early leaves it running."""
-        with self._following(request_id, Output(choices), deadline_unix_s) as follower:
+        async with self._following(request_id, Output(choices), deadline_unix_s) as follower:
             submitted = await self.publish(
                 model, payload, request_id, traceparent=traceparent, cancel_if_gone=cancel_if_gone
             )
@@ -256,7 +258,7 @@ class Client:
         """
         check_token("request_id", request_id)
         deadline_unix_s = time.time() + REQUEST_S_DEFAULT if deadline is None else deadline
-        with self._following(request_id, Output(choices, from_token, choice), deadline_unix_s) as follower:
+        async with self._following(request_id, Output(choices, from_token, choice), deadline_unix_s) as follower:
             await self._bus.flush()  # the subscription stands: what the log does not have yet will be heard
             async for frame in follower.caught_up() if accepted else follower.begin():
                 yield frame
@@ -311,15 +313,17 @@ class Client:
                 self._looked_s = began_s
             return self._held is None or request_id in self._held
 
-    @contextlib.contextmanager
-    def _following(self, request_id: str, output: Output, deadline_unix_s: float) -> Iterator[Follower]:
+    @contextlib.asynccontextmanager
+    async def _following(self, request_id: str, output: Output, deadline_unix_s: float) -> AsyncIterator[Follower]:
         """A follower that hears what comes of a request inside the block."""
         live: LiveFrames = asyncio.Queue()
+        subject = names.RESPONSES.of(client=self.name, request_id=request_id)
+        own = await self._bus.subscribe(subject, functools.partial(_hear_into, live)) if self._shared else None
         self._live.setdefault(request_id, []).append(live)
         try:
             yield Follower(
                 self._bus,
-                names.RESPONSES.of(client=self.name, request_id=request_id),
+                subject,
                 live,
                 output,
                 is_held=functools.partial(self._is_held, request_id),
@@ -329,6 +333,8 @@ class Client:
             self._live[request_id].remove(live)
             if not self._live[request_id]:
                 del self._live[request_id]
+            if own is not None:
+                self._bus.spawn(own.unsubscribe())
 
     def _hear(self, received: Received) -> None:
         parts = names.RESPONSES.parse(received.subject)
@@ -342,6 +348,10 @@ class Client:
         for readers in self._live.values():
             for live in readers:
                 live.put_nowait(Pause.OUTAGE)
+
+
+def _hear_into(live: LiveFrames, received: Received) -> None:
+    live.put_nowait(decode(Frame, received.payload))
 
 
 def _encoded(fields: dict[str, Any]) -> tuple[str, bytes, Request]:

@@ -28,6 +28,7 @@ class Endpoint:
     name: str
     subject: str
     metadata: Mapping[str, str] = field(default_factory=dict)
+    queue_group: str = ""  # empty: each instance has subjects of its own
 
 
 @dataclass(slots=True)
@@ -100,7 +101,7 @@ class MicroService:
         return {
             "name": endpoint.name,
             "subject": endpoint.subject,
-            "queue_group": "",
+            "queue_group": endpoint.queue_group,
             "num_requests": count.requests,
             "num_errors": count.errors,
             "last_error": count.last_error,
@@ -113,7 +114,7 @@ def _described(endpoint: Endpoint) -> dict[str, Any]:
     return {
         "name": endpoint.name,
         "subject": endpoint.subject,
-        "queue_group": "",  # each worker has subjects of its own
+        "queue_group": endpoint.queue_group,
         "metadata": dict(endpoint.metadata),
     }
 

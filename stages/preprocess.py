@@ -9,6 +9,7 @@ from pipeline import embeddings
 from pipeline.chat import LoadedModel
 from pipeline.errors import DeadlineExceeded, PayloadTooLarge, PipelineError
 from pipeline.expiry import Sweeper
+from pipeline.front_door import FrontDoor
 from pipeline.openai import IdentifiedRequest, identify, is_embedding, parse_request, resolve
 from pipeline.placement import Placements, Places
 from pipeline.served import EMBEDS, GENERATES, ServedModels
@@ -154,12 +155,17 @@ def _emit(request: PreprocessedRequest, subject: str) -> Emit:
 
 
 async def serve(worker: Worker) -> None:
-    """Load the declared models' tokenizers, and preprocess requests until the worker drains; end what expires."""
+    """Load the declared models' tokenizers, and preprocess requests until the worker drains; end what expires.
+
+    Beside that it is a front door for who asks without HTTP.
+    """
     models = ServedModels(worker.presence, worker.settings.models)
     await models.load_declared()
     slots = worker.settings.slots or SLOTS_DEFAULT
     places = Placements(worker.bus, worker.presence, worker.settings.routing)
+    door = FrontDoor(worker.bus, worker.presence, worker.name, worker.incarnation)
     async with asyncio.TaskGroup() as group:
+        group.create_task(door.serve(worker.until_drained()), name="front_door")
         sweeping = group.create_task(Sweeper(worker.bus, worker.responses).run(), name="sweeper")
         await worker.run(preprocess.bind(models=models, places=places), [streams.PREPROCESS], slots=slots)
         sweeping.cancel()

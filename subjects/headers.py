@@ -44,6 +44,9 @@ SERVICE_ERROR: Final = "Nats-Service-Error"
 SERVICE_ERROR_CODE: Final = "Nats-Service-Error-Code"
 """A micro service's answer is an error: what it is, and its number (NATS ADR-32)."""
 
+REPLY_COUNTER: Final = "NATS-Reply-Counter"
+"""How many replies there will be, on the first one: `nats req --replies-all` ends after them."""
+
 EXPECTED_LAST_SEQ: Final = "Nats-Expected-Last-Subject-Sequence"
 EXPECTED_LAST_SUBJECT: Final = "Nats-Expected-Last-Subject-Sequence-Subject"
 """JetStream refuses the message unless the last one on this subject has that sequence number (0: there is none)."""
@@ -67,8 +70,10 @@ ALL: Final[dict[str, str]] = {
     HANDSHAKE_WRITE_US: "handshake: on a success status, from handing the last KV to NIXL to the end of its write",
     HANDSHAKE_STATUS: "handshake: on a status that only reports, `success`",
     MSG_ID: "request id of a request that names none; `<client>.<request_id>.<choice>.end` on terminal frames",
-    SERVICE_ERROR: "on the answer to a control operation that failed: its sentence, as micro services give it (ADR-32)",
+    SERVICE_ERROR: "on the answer to a control operation that failed, and on a frame with an error that answers "
+    "a request at the front door: its sentence, as micro services give it (ADR-32)",
     SERVICE_ERROR_CODE: "on the same answer: the error's HTTP-like status",
+    REPLY_COUNTER: "on the first answer of the front door to a request that is not streamed: how many there will be",
     EXPECTED_LAST_SEQ: "terminal frames: the sequence number of their sender's word as an owner; 0: the first one",
     EXPECTED_LAST_SUBJECT: "terminal frames: where the request's owners write themselves down",
 }

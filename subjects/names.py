@@ -90,6 +90,14 @@ REQUESTS: Final = Subject(
     "Request",
     "One OpenAI-shaped request; its PubAck is the promise of exactly one terminal frame per choice.",
 )
+GENERATE: Final = Subject(
+    "sglang.generate.{model}",
+    Kind.SERVICE,
+    "client -> preprocess",
+    "Request",
+    "As a request on `sglang.requests`, and kept as one, but answered with its frames on the reply subject; an empty "
+    "message is the end.",
+)
 DECODE_ANY: Final = Subject(
     "sglang.decode.{model}.any",
     Kind.JETSTREAM,
@@ -242,6 +250,7 @@ DEAD: Final = Subject(
 
 ALL: Final[tuple[Subject, ...]] = (
     REQUESTS,
+    GENERATE,
     DECODE_ANY,
     DECODE_HIGH,
     DECODE_LOW,

@@ -58,7 +58,7 @@ class Accounts:
         name = self._name(authorization)
         async with self._starting:
             if name not in self._accounts:
-                client = Client(self._bus, name)
+                client = Client(self._bus, name, shared=True)
                 await client.start()
                 self._accounts[name] = Account(client, self._requests_max)
         return self._accounts[name]

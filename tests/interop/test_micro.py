@@ -1,4 +1,5 @@
-"""NATS's own JavaScript client finds the workers as micro services, and reads an operation's error as theirs."""
+"""NATS's own JavaScript client finds the workers as micro services, reads an operation's error as theirs, and asks a
+model through the front door."""
 
 import asyncio
 import json
@@ -9,9 +10,21 @@ import msgspec
 import pytest
 
 from pipeline.config import load_topology
+from pipeline.engine.simulated import expected_tokens
 from pipeline.local import running
+from subjects.codec import TokenIds
 
 READY_S_MAX = 60.0
+WANTED = expected_tokens(TokenIds.of([20, 11, 12]), 4).tolist()
+
+
+def _by_kind(printed: str) -> dict[str, list[Any]]:
+    """What a script printed, by kind of line."""
+    heard: dict[str, list[Any]] = {}
+    for line in printed.splitlines():
+        said = json.loads(line)
+        heard.setdefault(said["kind"], []).append(said["value"])
+    return heard
 
 
 @pytest.mark.timeout(180)
@@ -24,11 +37,20 @@ async def test_an_independent_client_finds_and_asks_the_workers(node, tmp_path: 
         await local.start()
         async with asyncio.timeout(READY_S_MAX):
             await local.until_ready()
-        printed = await asyncio.to_thread(node, "micro.mjs", local.url, "decode-0")
-    heard: dict[str, list[Any]] = {}
-    for line in printed.splitlines():
-        said = json.loads(line)
-        heard.setdefault(said["kind"], []).append(said["value"])
+        heard = _by_kind(await asyncio.to_thread(node, "micro.mjs", local.url, "decode-0"))
+        asked = {"prompt": [20, 11, 12], "max_tokens": 4, "ignore_eos": True, "stream": True}
+        answered = _by_kind(await asyncio.to_thread(node, "generate.mjs", local.url, json.dumps(asked)))
+
+    assert [token for frame in answered["frame"] for token in frame.get("token_ids", ())] == WANTED
+    assert [bool(frame.get("finish_reason")) for frame in answered["frame"]] == [False] * 3 + [True]
+    assert answered["first"] == [{**answered["frame"][0], "request_id": answered["first"][0]["request_id"]}]
+    (refused,) = answered["refused"]
+    assert (refused["code"], refused["frame"]["error"]["code"]) == (404, "unknown_model")
+    (door,) = answered["info"]
+    (endpoint,) = door["endpoints"]
+    assert (endpoint["subject"], endpoint["queue_group"]) == ("sglang.generate.smollm2", "generate")
+    (counted,) = answered["stats"][0]["endpoints"]
+    assert (counted["num_requests"], counted["num_errors"]) == (2, 0)
 
     assert {answer["name"] for answer in heard["ping"]} >= {"sglang-decode", "sglang-preprocess"}
     for verb in ("info", "stats"):
