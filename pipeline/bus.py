@@ -442,6 +442,9 @@ class Bus:
         if self.connected:
             with contextlib.suppress(BusUnavailable):
                 await self.flush(CLOSE_S_MAX)
+        if not self.connected:  # nats-py would write what waits to a transport that is closed, and uvloop's raises
+            self._client._pending.clear()
+            self._client._pending_data_size = 0
         with contextlib.suppress(TimeoutError, OSError, nats.errors.Error):
             async with asyncio.timeout(CLOSE_S_MAX):
                 await self._client.close()

@@ -30,6 +30,10 @@ from subjects.codec import decode, encode
 from subjects.limits import CHOICES_MAX, REQUEST_S_DEFAULT
 from subjects.messages import Cancel, EmbeddingRequest, Frame, OwnedTask, Request
 
+PUBLISH_S_MAX: Final = 10.0
+"""A broker that is away is waited for so long, and not beyond a request's deadline."""
+PUBLISH_S_MIN: Final = 0.5
+"""A deadline that has passed is preprocess' to answer."""
 SCANNED_MAX: Final = 20_000
 """So many waiting tasks are looked through for a request that the log does not know."""
 BYTES_MAX: Final = 64 * 1024 * 1024
@@ -103,11 +107,13 @@ class Client:
         *,
         traceparent: str | None = None,
         cancel_if_gone: bool = False,
+        timeout_s: float = PUBLISH_S_MAX,
     ) -> Submitted:
         """Publish a request that is encoded already, under its own id: again under the same id it is not run twice.
 
         That holds for `subjects.limits.DEDUPE_S`. `traceparent`: the caller's place in its trace (W3C Trace Context);
         missing or malformed, a new trace begins. `cancel_if_gone`: the request ends with this process's connection.
+        `timeout_s`: a broker that is away is waited for so long.
         Raises Overloaded, PayloadTooLarge, BusUnavailable.
         """
         subject = names.REQUESTS.of(model=model)
@@ -117,7 +123,7 @@ class Client:
             about[headers.READER] = await self._readers_inbox()
         try:
             stored = await self._bus.publish_durable(
-                subject, payload, msg_id=f"{self.name}.{request_id}", headers=about
+                subject, payload, msg_id=f"{self.name}.{request_id}", headers=about, timeout_s=timeout_s
             )
         except Overloaded:
             metrics.OVERLOADED.labels(names.token(model)).inc()
@@ -224,7 +230,12 @@ class Client:
         """As `generate`, of a request that is encoded already. Closing the iterator early leaves it running."""
         async with self._following(request_id, Output(choices), deadline_unix_s) as follower:
             submitted = await self.publish(
-                model, payload, request_id, traceparent=traceparent, cancel_if_gone=cancel_if_gone
+                model,
+                payload,
+                request_id,
+                traceparent=traceparent,
+                cancel_if_gone=cancel_if_gone,
+                timeout_s=min(PUBLISH_S_MAX, max(PUBLISH_S_MIN, deadline_unix_s - time.time())),
             )
             if submitted.duplicate:
                 log.info("request_known", request_id=request_id, client=self.name)

@@ -33,6 +33,9 @@ KEYS: Final = frozenset(
         "bucket",
         "in_flight",
         "duration_ms",
+        "route",  # an HTTP route's template
+        "status",  # of an HTTP answer
+        "ttft_ms",
     }
 )
 

@@ -115,6 +115,36 @@ PREFILL_LOST: Final = Counter(
     registry=REGISTRY,
 )
 
+HTTP_REQUESTS: Final = Counter(
+    "http_requests",
+    "Gateway: HTTP requests that have ended, by route, status (0: none was sent) and model.",
+    ("route", "status", "model"),
+    namespace=PREFIX,
+    registry=REGISTRY,
+)
+HTTP_SECONDS: Final = Histogram(
+    "http_seconds",
+    "Gateway: time from an HTTP request's head to the end of its answer, streams whole.",
+    ("route",),
+    namespace=PREFIX,
+    registry=REGISTRY,
+    buckets=(0.0025, 0.01, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
+)
+HTTP_TTFT_SECONDS: Final = Histogram(
+    "http_ttft_seconds",
+    "Gateway: time from an HTTP request's head to its answer's first token.",
+    ("model",),
+    namespace=PREFIX,
+    registry=REGISTRY,
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 4, 8, 15, 30, 60, 300),
+)
+HTTP_RECEIVED_BYTES: Final = Counter(
+    "http_received_bytes", "Gateway: bytes of request bodies.", ("route",), namespace=PREFIX, registry=REGISTRY
+)
+HTTP_SENT_BYTES: Final = Counter(
+    "http_sent_bytes", "Gateway: bytes of answers' bodies.", ("route",), namespace=PREFIX, registry=REGISTRY
+)
+
 ENGINE: Final = CollectorRegistry()
 """What we count inside an engine's own processes; it leaves them with the engine's series."""
 

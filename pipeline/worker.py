@@ -8,7 +8,7 @@ import asyncio
 import signal
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -60,6 +60,7 @@ class Worker:
         self._draining = asyncio.Event()
         self._load = Load()
         self._runner: Runner | None = None
+        self._in_progress: Callable[[], int] | None = None  # of a stage that takes no tasks
         self._broker = BrokerClock()
         self._queues: QueueWatch | None = None
         self._engine_watch: EngineWatch | None = None
@@ -102,13 +103,21 @@ class Worker:
 
     @property
     def slots(self) -> int:
-        """Most tasks at once."""
+        """Most tasks at once; 0 where nothing limits them."""
+        if self._in_progress is not None:
+            return 0
         return self.settings.slots or (self.info.max_running_requests if self.info else SLOTS_DEFAULT)
 
     @property
     def in_flight(self) -> int:
         """Tasks in work."""
+        if self._in_progress is not None:
+            return self._in_progress()
         return self._runner.in_flight if self._runner else 0
+
+    def works_without_tasks(self, in_progress: Callable[[], int]) -> None:
+        """For a stage that pulls nothing: what it has in work is asked for here."""
+        self._in_progress = in_progress
 
     @property
     def draining(self) -> bool:
@@ -176,6 +185,7 @@ class Worker:
             reasoning_parser=info.reasoning_parser,
             tool_call_parser=info.tool_call_parser,
             embedding=info.embedding,
+            served_name=self.settings.model if self.settings.model != self.model else None,
             started_unix_s=time.time(),
         )
         await self._announcer.publish_card(card)

@@ -418,6 +418,7 @@ class ModelCard(Message, frozen=True, kw_only=True):
     tool_call_parser: str | None = None
     chat_template: str | None = None  # overrides the tokenizer's own
     embedding: Embedding | None = None  # of an embedding worker
+    served_name: str | None = None  # as the operator gave it, where that is no subject token: `Qwen/Qwen3-0.6B`
     started_unix_s: float = 0.0
 
 

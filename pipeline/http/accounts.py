@@ -13,6 +13,7 @@ from pipeline.bus import Bus
 from pipeline.client import Client
 from pipeline.config import GatewaySettings, read_tables
 from pipeline.errors import ConfigError, Overloaded, Unauthorized
+from pipeline.http import visits
 from subjects.names import is_token
 
 OPEN_CLIENT: Final = "http"
@@ -55,7 +56,7 @@ class Accounts:
 
     async def of(self, authorization: str | None) -> Account:
         """The account behind an `Authorization` header. Raises Unauthorized."""
-        name = self._name(authorization)
+        visits.current().client = name = self._name(authorization)
         async with self._starting:
             if name not in self._accounts:
                 client = Client(self._bus, name, shared=True)

@@ -21,6 +21,7 @@ from pipeline.completion import Completion, error_body
 from pipeline.config import GatewaySettings
 from pipeline.errors import BusUnavailable, PipelineError, UnknownModel, from_failure
 from pipeline.health import Health
+from pipeline.http import visits
 from pipeline.http.accounts import Account, Accounts
 from pipeline.http.asked import Asked, parse_body
 from pipeline.http.bodies import REQUEST_ID, json_response, read_body
@@ -29,6 +30,7 @@ from pipeline.http.embeddings import Embedder
 from pipeline.http.exchange import EventStream, Exchange, events, first_frames, while_there
 from pipeline.presence import Presence
 from pipeline.served import EMBEDS, GENERATES
+from subjects import names
 from subjects.messages import Failure
 
 CLIENT_GONE: Final = 499
@@ -67,6 +69,8 @@ class Gateway:
         last = request.headers.get("last-event-id") or request.query_params.get("last_event_id")
         cursor = Cursor.parse(last) if last else Cursor(created_unix_s=int(time.time()))
         frames = account.client.resume(request_id, from_token=cursor.from_token, choices=len(cursor.seen))
+        visit = visits.current()
+        visit.model, visit.request_id = cursor.model or None, request_id
         account.begin()
         exchange = Exchange(frames, lambda _: account.end())
         return await _ended_on_error(exchange, self._streamed(request, exchange, request_id, cursor))
@@ -78,9 +82,10 @@ class Gateway:
     async def model(self, request: Request) -> Response:
         await self._account(request)
         name = request.path_params["model"]
-        if name not in (models := self._models()):
-            raise UnknownModel(f"model: no worker serves {name[:120]!r}", field="model")
-        return json_response(models[name])
+        for model in self._models().values():
+            if name in (model["id"], names.token(model["id"])):  # on NATS it has the second name
+                return json_response(model)
+        raise UnknownModel(f"model: no worker serves {name[:120]!r}", field="model")
 
     async def live(self, _: Request) -> Response:
         now = self._health()
@@ -100,7 +105,12 @@ class Gateway:
             if state.role not in (GENERATES, EMBEDS) or state.down or not state.registered or state.card is None:
                 continue
             card = state.card
-            model = {"id": card.model, "object": "model", "created": int(card.started_unix_s), "owned_by": OWNER}
+            model = {
+                "id": card.served_name or card.model,
+                "object": "model",
+                "created": int(card.started_unix_s),
+                "owned_by": OWNER,
+            }
             models.setdefault(card.model, model | {"max_model_len": card.context_len_tokens})
         return models
 
@@ -109,6 +119,8 @@ class Gateway:
         account = await self._account(request)
         body = await read_body(request, self._settings.body_bytes_max)
         asked = parse_body(body, chat=chat, client=account.client.name, request_s=self._settings.request_s)
+        visit = visits.current()
+        visit.model, visit.request_id = asked.model, asked.request_id
         account.begin()
         exchange = self._begun(account, asked, request.headers.get("traceparent"))
         if asked.stream:
@@ -177,6 +189,7 @@ def _failed(failure: Failure) -> Response:
 
 async def _on_pipeline_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, PipelineError)
+    visits.current().code = error.code
     if isinstance(error, BusUnavailable):
         log.warning("request_not_answered", code=error.code, reason=str(error))
     return _failed(error.failure())

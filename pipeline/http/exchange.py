@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import structlog
 from starlette.requests import ClientDisconnect, Request
@@ -11,8 +11,12 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from pipeline.errors import PipelineError
+from pipeline.http import visits
 from pipeline.http.chunks import KEEP_ALIVE, Chunks
 from subjects.messages import Frame
+
+CLIENT_GONE: Final = "client_gone"
+"""In the log, in place of an error's code: the client left before the end, or the gateway was stopped."""
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -25,6 +29,7 @@ class Exchange:
         """`on_end` is called once, with whether the frames came to their own end."""
         self._frames: list[Frame] = []  # read and not taken: no more than the request's output
         self._came = asyncio.Event()
+        self._visit = visits.current()
         self._on_end: Callable[[bool], None] | None = on_end
         self._reading = asyncio.create_task(self._read(frames), name="gateway.exchange")
         self._reading.add_done_callback(lambda _: self._came.set())
@@ -44,12 +49,16 @@ class Exchange:
         done = self._reading.done()
         self._reading.cancel()
         if self._on_end is not None:
+            if not done:
+                self._visit.code = self._visit.code or CLIENT_GONE
             on_end, self._on_end = self._on_end, None
             on_end(done)
 
     async def _read(self, frames: AsyncGenerator[Frame, None]) -> None:
         async with aclosing(frames):
             async for frame in frames:
+                if frame.token_ids:
+                    self._visit.first_token()
                 self._frames.append(frame)
                 self._came.set()
 
@@ -97,6 +106,7 @@ async def events(
                     yield told
         yield chunks.end()
     except PipelineError as error:
+        visits.current().code = error.code
         log.info("stream_failed", code=error.code, reason=str(error))
         yield chunks.failed(error.failure())
 

@@ -18,8 +18,10 @@ from pipeline.client import Client
 from pipeline.config import GatewaySettings, GroupSettings, SimulatedSettings, load_topology
 from pipeline.engine.simulated import expected_tokens, text_of
 from pipeline.local import LocalTopology, running
-from subjects.codec import TokenIds
+from subjects import names
+from subjects.codec import TokenIds, decode
 from subjects.limits import PAYLOAD_BYTES_MAX
+from subjects.messages import Heartbeat, MetricsSnapshot
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
 MODEL = "smollm2"
@@ -209,6 +211,39 @@ async def test_a_key_says_who_asks_and_a_client_has_its_limit(serving: Serving):
     async with asyncio.timeout(ANSWER_S_MAX):
         while (await serving.post({}, 2, headers=mine)).status_code == 429:  # until its end is noticed
             pass
+
+
+async def test_a_gateway_says_what_it_does(serving: Serving):
+    """Its heartbeat while a stream runs, its series after it; telemetry shows the series of whoever publishes them."""
+    async with Client.connect(serving.local.url) as client:
+        beats: asyncio.Queue[Heartbeat] = asyncio.Queue()
+        series: asyncio.Queue[MetricsSnapshot] = asyncio.Queue()
+        await client._bus.subscribe(
+            names.HEARTBEAT.of(role="gateway", worker="gateway-1"),
+            lambda heard: beats.put_nowait(decode(Heartbeat, heard.payload)),
+        )
+        await client._bus.subscribe(
+            names.METRICS.of(role="gateway", worker="gateway-1"),
+            lambda heard: series.put_nowait(decode(MetricsSnapshot, heard.payload)),
+        )
+        async with asyncio.timeout(ANSWER_S_MAX), serving.stream({"max_tokens": 300, "request_id": "seen"}) as stream:
+            lines = stream.aiter_lines()
+            await anext(lines)
+            while (beat := await beats.get()).in_flight != 1:
+                pass
+            assert beat.slots == 0, "nothing limits it"
+            async for _ in lines:
+                pass
+            route = {"route": "/v1/completions"}
+            while _counted(families := await series.get(), "http_sent_bytes_total", **route) < 300 * 100:
+                pass
+    assert _counted(families, "http_requests_total", **route, status="200", model=MODEL) >= 1
+    assert _counted(families, "http_ttft_seconds_count", model=MODEL) >= 1
+
+
+def _counted(snapshot: MetricsSnapshot, name: str, **labels: str) -> float:
+    samples = (sample for family in snapshot.families for sample in family.samples)
+    return sum(sample.value for sample in samples if sample.name.endswith(name) and sample.labels == labels)
 
 
 async def test_cors_only_where_origins_are_set(serving: Serving):

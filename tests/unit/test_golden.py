@@ -227,6 +227,7 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             tool_call_parser="gpt-oss",
             chat_template="{{ messages }}",
             embedding=EMBEDDING,
+            served_name="meta/decode.1",
             started_unix_s=1789999000.0,
         ),
         LOAD,

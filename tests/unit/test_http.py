@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+import structlog
 from starlette.requests import Request
 from starlette.responses import Response
 
+from pipeline import metrics
 from pipeline.config import GatewaySettings
 from pipeline.errors import (
     BusUnavailable,
@@ -18,6 +20,7 @@ from pipeline.errors import (
     Overloaded,
     PipelineError,
 )
+from pipeline.http import visits
 from pipeline.http.accounts import load_keys
 from pipeline.http.app import make_app
 from pipeline.http.asked import parse_body
@@ -100,6 +103,50 @@ async def test_an_error_has_its_status(error: Exception, status: int, retry_afte
         answer = await client.get("/v1/models")
     assert (answer.status_code, answer.headers.get("retry-after")) == (status, retry_after)
     assert answer.json()["error"]["code"] == (error.code if isinstance(error, PipelineError) else "internal")
+
+
+async def test_a_request_is_counted_and_logged_once():
+    async def told(request: Request) -> Response:
+        await request.body()
+        visit = visits.current()
+        visit.client, visit.model, visit.request_id = "team", request.path_params.get("model", "m"), "r1"
+        visit.first_token()
+        return Response(b"12345")
+
+    routes = ("chat", "complete", "models", "model", "stream", "live", "ready")
+    app = visits.Visits(make_app(SimpleNamespace(**dict.fromkeys(routes, told)), ()), lambda name: name == "m")
+    before = {name: _count(name) for name in ("m", "other", "")}
+    with structlog.testing.capture_logs() as lines:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+            await client.post("/v1/completions", content=b"123")
+            await client.get("/v1/models/never-served")
+            await client.get("/nothing/here")
+    assert app.in_progress == 0
+    (first, _, last) = lines
+    assert first.pop("duration_ms") >= first.pop("ttft_ms") >= 0
+    assert first == {
+        "event": "request_answered",
+        "log_level": "info",
+        "client": "team",
+        "route": "/v1/completions",
+        "status": 200,
+        "request_id": "r1",
+        "model": "m",
+    }
+    assert (last["route"], last["status"]) == ("other", 404)
+    assert {name: _count(name) - count for name, count in before.items()} == {"m": 1, "other": 1, "": 1}
+    sent = metrics.REGISTRY.get_sample_value("sglang_nats_http_sent_bytes_total", {"route": "/v1/completions"})
+    received = metrics.REGISTRY.get_sample_value("sglang_nats_http_received_bytes_total", {"route": "/v1/completions"})
+    assert (sent, received) == (5, 3)
+
+
+def _count(model: str) -> float:
+    return sum(
+        sample.value
+        for family in metrics.HTTP_REQUESTS.collect()
+        for sample in family.samples
+        if sample.name.endswith("_total") and sample.labels["model"] == model
+    )
 
 
 @pytest.mark.parametrize("text", ["", "12", "chat/1/1", "chat/1/1x/m", "voice/1/1/m", "chat/1/" + "1." * 64 + "1/m"])
