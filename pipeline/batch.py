@@ -30,7 +30,7 @@ from rich.progress import (
 from pipeline.client import Client
 from pipeline.completion import Completion, error_body
 from pipeline.errors import BrokerRefused, ConfigError, OutputGone, Overloaded
-from pipeline.openai import choices_of
+from pipeline.request_options import choices_of
 from pipeline.screen import PLAIN_S, err
 from subjects import limits
 from subjects.messages import Failure
@@ -146,7 +146,7 @@ def _item(where: str, line: bytes, model: str | None) -> Item:
         custom_id=parsed.custom_id,
         chat=URLS[parsed.url],
         model=named,
-        choices=choices_of(parsed.body.get("n")),
+        choices=choices_of(parsed.body.get("n"), parsed.body.get("prompt")),
         body=parsed.body,
     )
 

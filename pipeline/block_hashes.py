@@ -4,8 +4,11 @@ The hash of a block is the first 8 bytes of SHA-256 over its parent's full diges
 u32, read as a signed big-endian integer (`get_hash_str` and `hash_str_to_int64` in sglang/srt/mem_cache/utils.py). So a
 hash stands for all tokens from the first on. `tests/engine/test_block_hashes.py` holds this against SGLang.
 
-SGLang seeds the chain with a request's `cache_salt` and leaves its `extra_key` out; the pipeline sends neither. With
-EAGLE speculative decoding it hashes pairs of tokens: those blocks match no prompt here, and routing goes by load.
+From 0.5.21 on SGLang seeds the chain with a request's `cache_salt`, as `chain_seed` does; it leaves out `extra_key`,
+where it keeps an adapter's name. So the pipeline puts the adapter into the salt (`salt_of`). SGLang 0.5.17 has no salt,
+and announces such blocks as if they had none: there, salted prompts go by load, and their blocks count as those of
+unsalted ones. With EAGLE speculative decoding pairs of tokens are hashed: those blocks match no prompt here, and
+routing goes by load.
 """
 
 import hashlib
@@ -17,6 +20,7 @@ from typing import Final
 import msgspec
 
 from subjects.codec import TokenIds
+from subjects.messages import EngineOptions
 
 TOKEN_BYTES: Final = 4
 LANDMARK_TOKENS: Final = 16
@@ -28,10 +32,21 @@ PIECES_MAX: Final = 16_384
 """At least a million tokens, in some 15 MB."""
 
 
-def block_hashes(token_ids: TokenIds, block_tokens: int) -> list[int]:
+def salt_of(options: EngineOptions) -> str:
+    """What separates a request's KV from that of others with the same tokens; "" where nothing does."""
+    adapter = f"adapter {options.lora_path}\0" if options.lora_path else ""
+    return adapter + (options.cache_salt or "")
+
+
+def chain_seed(salt: str) -> bytes:
+    """What stands in place of a parent's digest before the first block (`compute_node_event_hash_values`)."""
+    return hashlib.sha256(b"sglang-cache-salt-v1\0" + salt.encode()).digest() if salt else b""
+
+
+def block_hashes(token_ids: TokenIds, block_tokens: int, salt: str = "") -> list[int]:
     """i64[num_tokens // block_tokens]: the hashes of the whole blocks."""
     whole_bytes = len(token_ids) // block_tokens * block_tokens * TOKEN_BYTES
-    return _chain(b"", token_ids.raw[:whole_bytes], block_tokens)[1]
+    return _chain(chain_seed(salt), token_ids.raw[:whole_bytes], block_tokens)[1]
 
 
 def _chain(digest: bytes, raw: bytes, block_tokens: int) -> tuple[bytes, list[int]]:
@@ -90,12 +105,12 @@ class PromptHasher:
         """How many pieces are remembered."""
         return len(self._pieces)
 
-    def landmarks(self, token_ids: TokenIds, block_tokens: int) -> Landmarks:
+    def landmarks(self, token_ids: TokenIds, block_tokens: int, *, salt: str = "") -> Landmarks:
         """The landmarks among the blocks that a prompt may find cached: an engine always computes its last token."""
         raw = token_ids.raw
         piece_bytes = max(PIECE_TOKENS_MIN // block_tokens, PIECE_BLOCKS_MIN) * block_tokens * TOKEN_BYTES
         whole_bytes = max(0, len(token_ids) - 1) // block_tokens * block_tokens * TOKEN_BYTES
-        digest = b""
+        digest = chain_seed(salt)
         hashes: list[int] = []
         ends: list[int] = []
         for start in range(0, whole_bytes, piece_bytes):

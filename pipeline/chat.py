@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from pipeline.errors import EngineStartError, InvalidRequest
+from pipeline.request_options import prompts_of
 from subjects.codec import TokenIds
 from subjects.messages import ChatMessage, Embedding, Request
 
@@ -279,14 +280,26 @@ class LoadedModel:
     embedding: Embedding | None = None  # of one that is asked for vectors
 
     def tokenize(self, request: Request) -> TokenIds:
-        """The prompt, u32[num_prompt_tokens]. Raises InvalidRequest where the chat template refuses the messages."""
+        """The prompt, u32[num_prompt_tokens]; the first of several. Raises as `tokenize_all` does."""
+        return self.tokenize_all(request)[0]
+
+    def tokenize_all(self, request: Request) -> tuple[TokenIds, ...]:
+        """Each prompt, u32[num_prompt_tokens]. Raises InvalidRequest where the chat template refuses the messages."""
         if request.messages is not None:
             text = self.tokenizer.render(request.messages, self.chat_template)
-            return self.tokenizer.encode(text, add_special_tokens=False)
-        if isinstance(request.prompt, str):
-            return self.tokenizer.encode(request.prompt, add_special_tokens=True)
-        assert request.prompt is not None, "parse_request lets no request pass without messages or prompt"
-        return TokenIds.of(request.prompt)
+            return (self.tokenizer.encode(text, add_special_tokens=False),)
+        prompts = prompts_of(request)
+        assert prompts, "parse_request lets no request pass without messages or prompt"
+        return tuple(
+            self.tokenizer.encode(one, add_special_tokens=True) if isinstance(one, str) else TokenIds.of(one)
+            for one in prompts
+        )
+
+    def prompt_texts(self, request: Request) -> tuple[str, ...]:
+        """What `echo` sends back: texts as they came, token ids as the text that they stand for."""
+        return tuple(
+            one if isinstance(one, str) else self.tokenizer.decode(TokenIds.of(one)) for one in prompts_of(request)
+        )
 
     def tokenize_inputs(self, inputs: Sequence[str] | Sequence[Sequence[int]]) -> tuple[TokenIds, ...]:
         """What is to be embedded, each u32[num_tokens]; token ids stay as they are."""

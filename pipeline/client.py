@@ -24,6 +24,7 @@ from pipeline.embeddings import Embeddings
 from pipeline.errors import InvalidRequest, Overloaded, PipelineError, from_failure
 from pipeline.follow import Follower, LiveFrames, Output, Pause
 from pipeline.openai import identify, inputs_of
+from pipeline.request_options import base_model
 from pipeline.tracing import TraceContext
 from subjects import headers, names, streams
 from subjects.codec import decode, encode
@@ -116,7 +117,7 @@ class Client:
         `timeout_s`: a broker that is away is waited for so long.
         Raises Overloaded, PayloadTooLarge, BusUnavailable.
         """
-        subject = names.REQUESTS.of(model=model)
+        subject = names.REQUESTS.of(model=base_model(model))
         context = TraceContext.parse(traceparent) or TraceContext.new()
         about = {headers.CLIENT: self.name, headers.TRACEPARENT: context.traceparent}
         if cancel_if_gone:

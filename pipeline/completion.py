@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from pipeline.progress import Progress
-from subjects.messages import Failure, Frame, PositionLogprobs, TokenLogprob, Usage
+from subjects.messages import Echo, Failure, Frame, PositionLogprobs, TokenLogprob, Usage
 
+NO_ECHO: Final = Echo(text="")
 ERROR_TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -18,13 +19,17 @@ class Completion:
     model: str
     chat: bool
     choices: int = 1
+    prompts: int = 1  # each has its own choices
     _progress: dict[int, Progress] = field(default_factory=dict)
     _logprobs: dict[int, list[PositionLogprobs]] = field(default_factory=dict)
+    _echo: dict[int, Echo] = field(default_factory=dict)
 
     def add(self, frame: Frame) -> None:
         """Take a frame in; one that brings nothing new changes nothing."""
         if self._progress.setdefault(frame.choice, Progress()).add(frame):
             self._logprobs.setdefault(frame.choice, []).extend(frame.logprobs or ())
+            if frame.echo is not None:
+                self._echo.setdefault(frame.choice, frame.echo)
 
     @property
     def whole(self) -> bool:
@@ -38,13 +43,18 @@ class Completion:
         return next((end.error for end in ends if end and end.error), None)
 
     def usage(self) -> Usage:
-        """Of all choices together: the prompt counts once."""
-        parts = [progress.end.usage for progress in self._progress.values() if progress.end and progress.end.usage]
-        return Usage(
-            prompt_tokens=max((part.prompt_tokens for part in parts), default=0),
-            completion_tokens=sum(part.completion_tokens for part in parts),
-            cached_tokens=max((part.cached_tokens for part in parts), default=0),
-        )
+        """Of all choices together: each prompt counts once."""
+        total = Usage(prompt_tokens=0, completion_tokens=0)
+        each = max(1, self.choices // self.prompts)
+        for first in range(0, self.choices, each):
+            ends = (self._progress[choice].end for choice in range(first, first + each) if choice in self._progress)
+            parts = [end.usage for end in ends if end and end.usage]
+            total = Usage(
+                prompt_tokens=total.prompt_tokens + max((part.prompt_tokens for part in parts), default=0),
+                completion_tokens=total.completion_tokens + sum(part.completion_tokens for part in parts),
+                cached_tokens=total.cached_tokens + max((part.cached_tokens for part in parts), default=0),
+            )
+        return total
 
     def body(self, created_unix_s: float) -> dict[str, Any]:
         """The answer as OpenAI's API gives it. Needs every choice's end."""
@@ -60,8 +70,9 @@ class Completion:
     def _choice(self, choice: int) -> dict[str, Any]:
         progress = self._progress[choice]
         assert progress.end is not None, "asked for before its end"
-        positions = self._logprobs[choice]
-        answer = {"message": {"role": "assistant", "content": progress.text}} if self.chat else {"text": progress.text}
+        echo = self._echo.get(choice, NO_ECHO)
+        positions, text = (*(echo.logprobs or ()), *self._logprobs[choice]), echo.text + progress.text
+        answer = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         return {
             "index": choice,
             **answer,
@@ -104,15 +115,27 @@ def _chat_position(position: PositionLogprobs) -> dict[str, Any]:
 
 def _chat_token(token: TokenLogprob) -> dict[str, Any]:
     text = _text(token)
-    return {"token": text, "logprob": token.logprob, "bytes": list(text.encode())}
+    return {"token": text, "logprob": token.logprob, "bytes": list(token.raw or text.encode())}
 
 
 def _text_positions(positions: Sequence[PositionLogprobs]) -> dict[str, Any]:
     return {
-        "tokens": [_text(position.chosen) for position in positions],
+        "tokens": [_lossless(position.chosen) for position in positions],
         "token_logprobs": [position.chosen.logprob for position in positions],
-        "top_logprobs": [{_text(token): token.logprob for token in position.top} for position in positions],
+        "top_logprobs": [_text_alternatives(position) for position in positions],
     }
+
+
+def _text_alternatives(position: PositionLogprobs) -> dict[str, float | None] | None:
+    """None for a prompt's first token, which has none."""
+    if position.chosen.logprob is None:
+        return None
+    return {_lossless(token): token.logprob for token in position.top}
+
+
+def _lossless(token: TokenLogprob) -> str:
+    """A part of a character as SGLang writes it where there is no place for its bytes: each as one of Latin-1."""
+    return token.raw.decode("latin-1") if token.raw else _text(token)
 
 
 def _text(token: TokenLogprob) -> str:

@@ -113,6 +113,7 @@ class Output:
             token_ids=frame.token_ids[known:],
             logprobs=frame.logprobs and frame.logprobs[known:],
             text="" if known >= len(frame.token_ids) else frame.text,
+            echo=None,  # came with the first of them
         )
 
     def _unwanted(self, frame: Frame) -> bool:

@@ -12,8 +12,9 @@ OpenAI and of SGLang could expect different things:
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Final, Generic, TypeVar
 
 import msgspec
@@ -22,10 +23,22 @@ from pipeline.checks import check_count, check_range, check_token_ids, not_a_tok
 from pipeline.errors import DeadlineExceeded, InvalidRequest, PayloadTooLarge, PromptTooLong
 from pipeline.json_schema import check_length, check_schema_text, schema_text
 from pipeline.refusals import clipped, refusal
+from pipeline.request_options import (
+    Prompt,
+    check_options,
+    check_prompt_logprobs,
+    choices_of,
+    dp_rank,
+    engine_options,
+    is_model,
+    prompts_of,
+)
 from subjects import headers, limits, names
 from subjects.codec import Format, TokenIds, decode, format_of
 from subjects.messages import (
     EmbeddingRequest,
+    EngineOptions,
+    FurtherPrompt,
     OutputOptions,
     PreprocessedRequest,
     Request,
@@ -64,6 +77,7 @@ class IdentifiedRequest:
     model: str  # the subject's
     sampling: SamplingOptions
     output: OutputOptions
+    engine: EngineOptions
     deadline_unix_s: float
     accepted_unix_s: float
     reader: str | None = None
@@ -122,10 +136,18 @@ def _identity(
 def _choices(claims: _Claims | Request | EmbeddingRequest, payload: bytes) -> int:
     if isinstance(claims, EmbeddingRequest):
         return inputs_of(claims.input)
-    if isinstance(claims, _Claims) and _embeds(claims):
-        module = msgspec.json if format_of(payload) is Format.JSON else msgspec.msgpack
-        return inputs_of(module.decode(claims.input))
-    return choices_of(claims.n)
+    if isinstance(claims, Request):
+        return choices_of(claims.n, claims.prompt)
+    if _embeds(claims):
+        return inputs_of(_read(claims.input, payload))
+    return choices_of(claims.n, _read(claims.prompt, payload))
+
+
+def _read(field: msgspec.Raw, payload: bytes) -> Any:
+    """A field's value; None where the payload does not have it."""
+    if field is _ABSENT:
+        return None
+    return (msgspec.json if format_of(payload) is Format.JSON else msgspec.msgpack).decode(field)
 
 
 def _embeds(claims: _Claims) -> bool:
@@ -146,11 +168,6 @@ def inputs_of(given: Any) -> int:
     """How many inputs, and so choices, a request with this `input` has: of one that is refused, one."""
     many = isinstance(given, list | tuple) and bool(given) and not isinstance(given[0], int)
     return len(given) if many and len(given) <= limits.INPUTS_MAX else 1
-
-
-def choices_of(n: Any) -> int:
-    """How many choices end a request that says `n`: of a number that is refused, one."""
-    return n if type(n) is int and 1 <= n <= limits.CHOICES_MAX else 1
 
 
 def _first_token(*candidates: Any) -> str | None:
@@ -212,12 +229,14 @@ def parse_request(
     request = envelope.request
     _check_prompt(request)
     _check_output(request)
+    check_options(request)
     return IdentifiedRequest(
         identity=envelope.identity,
         request=request,
         model=envelope.model,
         sampling=_sampling(request),
         output=_output(request),
+        engine=engine_options(request, envelope.model),
         deadline_unix_s=envelope.deadline_unix_s,
         accepted_unix_s=accepted_unix_s,
         reader=envelope.reader,
@@ -294,7 +313,7 @@ def _model(request: Request | EmbeddingRequest, subject: str) -> str:
     """The subject's model. Raises InvalidRequest where the payload names another one."""
     parts = names.REQUESTS.parse(subject)
     assert parts is not None, f"the preprocess consumer has a subject that it does not filter: {subject}"
-    if request.model is not None and (not request.model or names.token(request.model) != parts["model"]):
+    if request.model is not None and not is_model(request.model, parts["model"]):
         raise InvalidRequest(
             f"model: {clipped(request.model)!r} is not the model of the subject, {parts['model']!r}", field="model"
         )
@@ -366,10 +385,34 @@ def _check_prompt(request: Request) -> None:
         raise InvalidRequest("prompt: give `messages` or `prompt`, not both", field="prompt")
     if request.messages is not None:
         check_count("messages", len(request.messages), limits.MESSAGES_MAX, least=1)
-    elif not request.prompt:
-        raise InvalidRequest("prompt: must not be empty", field="prompt", size=0, limit=1)
-    elif not isinstance(request.prompt, str):
-        check_token_ids("prompt", request.prompt, vocab_size=2**32)
+    else:
+        _check_prompts(request)
+
+
+def _check_prompts(request: Request) -> None:
+    prompts = prompts_of(request)
+    for field, prompt in _named(prompts):
+        if not prompt:
+            raise InvalidRequest(f"{field}: must not be empty", field=field, size=0, limit=1)
+        if not isinstance(prompt, str):
+            check_token_ids(field, prompt, vocab_size=2**32)
+    choices = len(prompts) * max(1, request.n)
+    if len(prompts) > 1 and choices > limits.CHOICES_MAX:
+        raise InvalidRequest(
+            f"prompt: {len(prompts)} prompts with n = {request.n} have {choices} choices; "
+            f"at most {limits.CHOICES_MAX} are allowed",
+            field="prompt",
+            size=choices,
+            limit=limits.CHOICES_MAX,
+        )
+
+
+def _named(prompts: Sequence[Prompt]) -> Iterator[tuple[str, Prompt]]:
+    """Each with its field's dotted path."""
+    if len(prompts) == 1:
+        yield "prompt", prompts[0]
+    else:
+        yield from ((f"prompt.{index}", prompt) for index, prompt in enumerate(prompts))
 
 
 def _check_output(request: Request) -> None:
@@ -382,8 +425,9 @@ def _check_output(request: Request) -> None:
         ("max_tokens", request.max_tokens),
         ("max_completion_tokens", request.max_completion_tokens),
     ):
-        if tokens is not None and tokens < 1:
-            raise out_of_range(field, tokens, "at least 1", 1)
+        least = 0 if request.echo else 1  # the prompt alone, perhaps with its logprobs
+        if tokens is not None and tokens < least:
+            raise out_of_range(field, tokens, f"at least {least}", least)
     if request.min_tokens < 0:
         raise out_of_range("min_tokens", request.min_tokens, "at least 0", 0)
     both = request.max_tokens is not None and request.max_completion_tokens is not None
@@ -500,6 +544,7 @@ def _output(request: Request) -> OutputOptions:
         top_logprobs=top_logprobs,
         skip_special_tokens=request.skip_special_tokens,
         no_stop_trim=request.no_stop_trim,
+        prompt_logprobs=request.echo and logprobs,
     )
 
 
@@ -507,16 +552,29 @@ def _output(request: Request) -> OutputOptions:
 
 
 def resolve(
-    identified: IdentifiedRequest, token_ids: TokenIds, *, context_len_tokens: int, vocab_size: int
+    identified: IdentifiedRequest,
+    token_ids: TokenIds,
+    *further: TokenIds,
+    context_len_tokens: int,
+    vocab_size: int,
+    echo: Sequence[str] = (),
 ) -> PreprocessedRequest:
-    """The request with its prompt's token ids, u32[num_prompt_tokens], every default resolved.
+    """The request with its prompts' token ids, u32[num_prompt_tokens], every default resolved.
+
+    `echo`: each prompt's text, where they are to be sent back.
 
     Raises PromptTooLong where no token of output is left, and InvalidRequest for a token outside the vocabulary
     or for more output than the context leaves.
     """
     request, identity = identified.request, identified.identity
-    if isinstance(request.prompt, tuple):
-        check_token_ids("prompt", request.prompt, vocab_size)
+    for field, prompt in _named(prompts_of(request)):
+        if not isinstance(prompt, str):
+            check_token_ids(field, prompt, vocab_size)
+    check_prompt_logprobs(identified.output, [len(token_ids), *map(len, further)])
+    first, *others = [
+        FurtherPrompt(token_ids=ids, max_tokens=_max_tokens(request, len(ids), context_len_tokens), echo=text)
+        for ids, text in zip_longest((token_ids, *further), echo)
+    ]
     check_token_ids("stop_token_ids", request.stop_token_ids or (), vocab_size)
     for key in identified.sampling.logit_bias or ():
         if int(key) >= vocab_size:
@@ -527,7 +585,7 @@ def resolve(
         model=identified.model,
         token_ids=token_ids,
         stop=StopConditions(
-            max_tokens=_max_tokens(request, len(token_ids), context_len_tokens),
+            max_tokens=first.max_tokens,
             min_tokens=request.min_tokens,
             stop=_stop_strings(request),
             stop_token_ids=request.stop_token_ids or (),
@@ -541,6 +599,10 @@ def resolve(
         accepted_unix_s=identified.accepted_unix_s,
         reader=identified.reader,
         priority=request.priority,
+        echo=first.echo,
+        further=tuple(others),
+        engine=identified.engine,
+        dp_rank=dp_rank(request),
     )
 
 

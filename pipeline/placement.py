@@ -75,12 +75,12 @@ class Placement:
         self._looked_s = 0.0
         self._caches = True  # every worker; a decode worker whose prompts are prefilled elsewhere keeps no prefixes
 
-    def choose(self, token_ids: TokenIds, session: str | None = None) -> str | None:
+    def choose(self, token_ids: TokenIds, session: str | None = None, salt: str = "") -> str | None:
         """The worker to address a prompt to, which then counts as placed there; None where any will do as well.
 
         That is where there is one worker or none, and where all cost the same and there is no session to keep.
         """
-        ranking = self.rank(token_ids, session)
+        ranking = self.rank(token_ids, session, salt)
         costs = {score.cost for score in ranking.scores}
         alike = ranking.by_cost and len(costs) < 2 and not ranking.kept_session
         if len({score.rank.worker for score in ranking.scores}) < 2 or alike:
@@ -88,24 +88,28 @@ class Placement:
         if ranking.policy == "kv" and not self._caches:
             return None
         assert ranking.best is not None
-        self.placed(ranking.best, token_ids)
+        self.placed(ranking.best, token_ids, salt)
         return ranking.best.rank.worker
 
-    def rank(self, token_ids: TokenIds, session: str | None = None) -> Ranking:
-        """The workers that take work now, the best for this prompt first; none, where there is none."""
+    def rank(self, token_ids: TokenIds, session: str | None = None, salt: str = "") -> Ranking:
+        """The workers that take work now, the best for this prompt first; none, where there is none.
+
+        `salt`: see `block_hashes.salt_of`.
+        """
         if time.monotonic() - self._looked_s > LOOK_S:
             self._look()
-        overlaps = self._index.overlaps(partial(self._hasher.landmarks, token_ids)) if self._index is not None else {}
+        landmarks = partial(self._hasher.landmarks, token_ids, salt=salt)
+        overlaps = self._index.overlaps(landmarks) if self._index is not None else {}
         candidates = [
             Candidate(rank, overlaps.get(rank, _NOTHING), self._with_placed(rank, known))
             for rank, known in self._known.items()
         ]
         return self._router.rank(len(token_ids), candidates, session)
 
-    def placed(self, score: Score, token_ids: TokenIds) -> None:
+    def placed(self, score: Score, token_ids: TokenIds, salt: str = "") -> None:
         """The prompt went to this rank."""
         if known := self._known.get(score.rank):
-            landmarks = partial(self._hasher.landmarks, token_ids)
+            landmarks = partial(self._hasher.landmarks, token_ids, salt=salt)
             last = self._index.last_landmark(score.rank, landmarks) if self._index is not None else None
             if len(known.placed) == PLACED_MAX:
                 known.forget_first()
@@ -162,8 +166,8 @@ def _load_of_a_rank(state: WorkerState) -> RankLoad:
 class Places(Protocol):
     """Where prompts go."""
 
-    async def choose(self, model: str, token_ids: TokenIds, session: str | None = None) -> str | None:
-        """The worker to address a prompt to; None where any will do."""
+    async def choose(self, model: str, token_ids: TokenIds, session: str | None = None, salt: str = "") -> str | None:
+        """The worker to address a prompt to; None where any will do. `salt`: see `block_hashes.salt_of`."""
         ...
 
 
@@ -186,7 +190,7 @@ class Placements:
                 self._placements[model] = await self._start(model)
         return self._placements[model]
 
-    async def choose(self, model: str, token_ids: TokenIds, session: str | None = None) -> str | None:
+    async def choose(self, model: str, token_ids: TokenIds, session: str | None = None, salt: str = "") -> str | None:
         """The worker to address a prompt to; None where any will do, or no worker's blocks can be heard of now."""
         if self._settings.policy == "any":
             return None
@@ -195,7 +199,7 @@ class Placements:
         except BusUnavailable as error:
             log.warning("kv_events_unheard", model=model, code=error.code, reason=str(error))
             return None
-        return placement.choose(token_ids, session)
+        return placement.choose(token_ids, session, salt)
 
     async def _start(self, model: str) -> Placement:
         feed = None

@@ -14,6 +14,7 @@ class Progress:
     text: str = ""
     end: Frame | None = None
     attempt: int = 0
+    echoed: bool = False  # the prompt was sent back
 
     def add(self, frame: Frame) -> Frame | None:
         """Take a frame in; gives the part of it that is new, None where nothing is.
@@ -30,6 +31,7 @@ class Progress:
         if frame.index > have and frame.finish_reason is None:
             return None
         self.attempt = max(self.attempt, frame.attempt)
+        self.echoed |= frame.echo is not None
         repeated = have - frame.index
         if repeated > 0 and not frame.finish_reason and repeated >= len(frame.token_ids):
             return None

@@ -3,10 +3,10 @@
 An engine that is given prompt + emitted tokens goes on as the first one would have, as long as nothing but the
 tokens decides what comes next. Three things are more than tokens, and an engine counts them from where it starts:
 
-- a grammar (JSON schema, regex, EBNF) and the presence and repetition penalties. Such a choice is generated once
-  more from its prompt and what the client has is dropped: exact where the tokens are drawn without chance
-  (temperature 0, or a seed on an engine that honours it). Otherwise it ends in an error rather than in an answer that
-  breaks its grammar or forgets its penalties.
+- a grammar (JSON schema, regex, EBNF), a thinking budget, and the presence and repetition penalties. Such a choice is
+  generated once more from its prompt and what the client has is dropped: exact where the tokens are drawn without
+  chance (temperature 0, or a seed on an engine that honours it). Otherwise it ends in an error rather than in an answer
+  that breaks its grammar or forgets its penalties.
 - the frequency penalty, which is linear: what the emitted tokens have earned goes into the logit bias.
 - stop strings, which may lie across the seam: `SeamStops` looks there.
 """
@@ -38,11 +38,12 @@ def plan(request: PreprocessedRequest, so_far: Progress) -> Plan:
     done = len(so_far.token_ids)
     if not done:
         return Plan(token_ids=request.token_ids, stop=request.stop, sampling=request.sampling)
-    if _more_than_tokens(request.sampling):
+    if _more_than_tokens(request.sampling) or request.engine.max_thinking_tokens is not None:
         if not _foreseeable(request.sampling):
             raise EngineFailed(
-                "the worker was lost in mid-answer, and a sampled answer under a grammar, a presence or a repetition "
-                "penalty cannot be continued by another one; ask again, with temperature 0 or a seed to be safe"
+                "the worker was lost in mid-answer, and a sampled answer under a grammar, a thinking budget, a "
+                "presence or a repetition penalty cannot be continued by another one; ask again, with temperature 0 "
+                "or a seed to be safe"
             )
         return Plan(token_ids=request.token_ids, stop=request.stop, sampling=request.sampling, repeated_tokens=done)
     stop = msgspec.structs.replace(

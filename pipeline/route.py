@@ -6,12 +6,14 @@ from typing import Any, Final
 
 import msgspec
 
+from pipeline.block_hashes import salt_of
 from pipeline.config import RoutingSettings
 from pipeline.look import HEARD_S, looking, only_model
 from pipeline.openai import parse_request
 from pipeline.placement import Placements
 from pipeline.prefix_index import RankId
 from pipeline.presence import Presence
+from pipeline.request_options import engine_options
 from pipeline.routing import Ranking
 from pipeline.screen import err, out, table
 from pipeline.served import ServedModels
@@ -52,10 +54,11 @@ async def _ranking(
         now_unix_s=time.time(),
     ).request
     served = await ServedModels(presence, {}).ready(named, time.time() + READY_S_MAX)
+    salt = salt_of(engine_options(request, names.token(named)))
     placement = await placements.of(named)
     with err.status("reading which worker has which blocks"):
         await placements.wait_caught_up(named, CAUGHT_UP_S_MAX)
-    return placement.rank(served.tokenize(request), session), placements.behind(named)
+    return placement.rank(served.tokenize(request), session, salt), placements.behind(named)
 
 
 def show(ranking: Ranking, session: str | None) -> None:

@@ -24,7 +24,7 @@ from pipeline.stage import Emit, Task, answer_owned, emit_frame, stage
 from pipeline.worker import Worker
 from subjects import streams
 from subjects.codec import NO_TOKENS
-from subjects.messages import Frame, PreprocessedRequest, Timing, Usage
+from subjects.messages import Echo, Frame, PreprocessedRequest, Timing, Usage
 
 FRAMES_AHEAD_MAX = 16
 """Frames of one choice that wait while another's are published."""
@@ -54,10 +54,10 @@ async def _choice(
     task: Task[PreprocessedRequest], choice: int, so_far: Progress, engine: Engine, worker: str
 ) -> AsyncIterator[Frame]:
     """One choice's frames. Without streaming it is one frame that holds everything."""
-    request = task.payload
-    done = len(so_far.token_ids)
-    steps = _Steps(task, choice, done, worker)
-    if done >= request.stop.max_tokens:
+    request = _of_prompt(task.payload, choice)
+    steps = _Steps(task, request, choice, so_far, worker)
+    prompt_logprobs = request.output.prompt_logprobs and not so_far.echoed
+    if len(so_far.token_ids) >= request.stop.max_tokens and not prompt_logprobs:
         yield steps.frame(EngineOutput(token_ids=NO_TOKENS, finish_reason="length"))
         return
     how = plan(request, so_far)
@@ -65,16 +65,18 @@ async def _choice(
     work = EngineRequest(
         rid=f"{request.request_id}.{choice}.{task.attempt}",
         token_ids=how.token_ids,
-        stop=how.stop,
+        stop=replace(how.stop, max_tokens=max(1, how.stop.max_tokens)),
         sampling=how.sampling,
-        output=request.output,
+        output=replace(request.output, prompt_logprobs=prompt_logprobs),
         request_id=request.request_id,
         deadline_unix_s=request.deadline_unix_s,
         priority=request.priority,
+        dp_rank=request.dp_rank,
+        options=request.engine,
     )
     async with aclosing(engine.generate(work)) as outputs:
         async for output in outputs:
-            new = seam.output(output)
+            new = seam.output(output) if request.stop.max_tokens else _without_output(output)
             frame = steps.frame(new) if new else None
             if frame is not None:
                 yield frame
@@ -82,12 +84,37 @@ async def _choice(
                     return
 
 
+def _of_prompt(request: PreprocessedRequest, choice: int) -> PreprocessedRequest:
+    """The request as if it had the choice's prompt alone."""
+    number = choice * (1 + len(request.further)) // request.choices
+    if not number:
+        return request
+    own = request.further[number - 1]
+    stop = replace(request.stop, max_tokens=own.max_tokens)
+    return replace(request, token_ids=own.token_ids, stop=stop, echo=own.echo)
+
+
+def _without_output(output: EngineOutput) -> EngineOutput:
+    """The one step of a request for its prompt's logprobs alone: engines make a token where they compute those."""
+    return EngineOutput(
+        token_ids=NO_TOKENS,
+        finish_reason="length",
+        cached_tokens=output.cached_tokens,
+        prompt_logprobs=output.prompt_logprobs,
+    )
+
+
 class _Steps:
     """Turns an engine's outputs for one choice into frames, and keeps count."""
 
-    def __init__(self, task: Task[PreprocessedRequest], choice: int, index: int, worker: str) -> None:
-        self._request, self._attempt = task.payload, task.attempt
-        self._choice, self._index, self._worker = choice, index, worker
+    def __init__(
+        self, task: Task[PreprocessedRequest], request: PreprocessedRequest, choice: int, so_far: Progress, worker: str
+    ) -> None:
+        """`request`: with the choice's own prompt."""
+        self._request, self._attempt = request, task.attempt
+        self._choice, self._index, self._worker = choice, len(so_far.token_ids), worker
+        text = None if so_far.echoed else request.echo
+        self._echo = None if text is None else Echo(text=text)  # until it is sent
         self._started = False
         self._held: list[EngineOutput] = []  # without streaming: all outputs until the last
         self._clock = metrics.TokenClock(task.payload.accepted_unix_s)
@@ -101,6 +128,8 @@ class _Steps:
         self._clock.tick(len(output.token_ids))
         if output.token_ids and self._timing.first_token_unix_s is None:
             self._timing = replace(self._timing, first_token_unix_s=time.time())
+        if self._echo is not None and output.prompt_logprobs is not None:
+            self._echo = replace(self._echo, logprobs=output.prompt_logprobs)
         if not self._request.output.stream:
             self._held.append(output)
             if output.finish_reason is None:
@@ -121,8 +150,9 @@ class _Steps:
             usage=self._usage(output) if last else None,
             worker=self._worker if last or not self._started else None,
             timing=self._timed(output) if last else None,
+            echo=self._echo,
         )
-        self._started = True
+        self._started, self._echo = True, None
         return frame
 
     def _timed(self, last: EngineOutput) -> Timing:

@@ -55,6 +55,7 @@ async def prefill(task: Task[PrefillTask], engine: Engine, claims: Claims, prese
         deadline_unix_s=work.deadline_unix_s,
         priority=work.priority,
         room=room,
+        options=work.engine,
     )
     try:
         async with presence.while_up(work.owner), aclosing(engine.generate(request)) as outputs:

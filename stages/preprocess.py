@@ -6,12 +6,14 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Final, Protocol
 
 from pipeline import embeddings
+from pipeline.block_hashes import salt_of
 from pipeline.chat import LoadedModel
 from pipeline.errors import DeadlineExceeded, PayloadTooLarge, PipelineError
 from pipeline.expiry import Sweeper
 from pipeline.front_door import FrontDoor
 from pipeline.openai import IdentifiedRequest, identify, is_embedding, parse_request, resolve
 from pipeline.placement import Placements, Places
+from pipeline.request_options import session_of
 from pipeline.served import EMBEDS, GENERATES, ServedModels
 from pipeline.stage import Emit, Task, emit_frame, emit_work, stage
 from pipeline.worker import Worker
@@ -81,16 +83,16 @@ async def _work(task: Task[bytes], models: Models, places: Places) -> Emit:
     )
     model = await models.ready(identified.model, identified.deadline_unix_s)
     if len(task.payload) <= INLINE_BYTES_MAX:
-        token_ids = tokenize(identified.request, model)
+        prompts = tokenize(identified.request, model)
     else:
-        token_ids = await asyncio.to_thread(tokenize, identified.request, model)
-    request = _resolved(identified, token_ids, model)
-    return _emit(request, await _address(request, identified.request.session, places))
+        prompts = await asyncio.to_thread(tokenize, identified.request, model)
+    request = _resolved(identified, prompts, model)
+    return _emit(request, await _address(request, session_of(identified.request), places))
 
 
-def tokenize(request: Request, model: LoadedModel) -> TokenIds:
-    """The prompt, u32[num_prompt_tokens]. Raises InvalidRequest where the chat template refuses the messages."""
-    return model.tokenize(request)
+def tokenize(request: Request, model: LoadedModel) -> tuple[TokenIds, ...]:
+    """Each prompt, u32[num_prompt_tokens]. Raises InvalidRequest where the chat template refuses the messages."""
+    return model.tokenize_all(request)
 
 
 async def _embedding_work(task: Task[bytes], models: Models) -> Emit:
@@ -123,22 +125,26 @@ async def _embedding_work(task: Task[bytes], models: Models) -> Emit:
     return emit
 
 
-def _resolved(identified: IdentifiedRequest, token_ids: TokenIds, model: LoadedModel) -> PreprocessedRequest:
+def _resolved(identified: IdentifiedRequest, prompts: tuple[TokenIds, ...], model: LoadedModel) -> PreprocessedRequest:
     if identified.deadline_unix_s <= time.time():
         raise DeadlineExceeded("deadline: passed while the request was tokenized", field="deadline")
     return resolve(
         identified,
-        token_ids,
+        *prompts,
         context_len_tokens=model.context_len_tokens,
         vocab_size=model.tokenizer.vocab_size,
+        echo=model.prompt_texts(identified.request) if identified.request.echo else (),
     )
 
 
 async def _address(request: PreprocessedRequest, session: str | None, places: Places) -> str:
     """The task's subject. One with a priority goes to whoever takes it first: classes are kept over all workers."""
-    if not request.priority and (worker := await places.choose(request.model, request.token_ids, session)):
-        return names.DECODE_WORKER.of(model=request.model, worker=worker)
-    return names.decode_tasks(request.priority).of(model=request.model)
+    if request.priority:
+        return names.decode_tasks(request.priority).of(model=request.model)
+    worker = await places.choose(request.model, request.token_ids, session, salt_of(request.engine))
+    if worker is None:
+        return names.decode_tasks(request.priority).of(model=request.model)
+    return names.DECODE_WORKER.of(model=request.model, worker=worker)
 
 
 def _emit(request: PreprocessedRequest, subject: str) -> Emit:

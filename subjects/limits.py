@@ -16,6 +16,12 @@ STOP_STRING_CHARS_MAX: Final = 512
 STOP_TOKEN_IDS_MAX: Final = 256
 LOGIT_BIAS_ENTRIES_MAX: Final = 1_024
 TOP_LOGPROBS_MAX: Final = 20
+PROMPT_LOGPROBS_MAX: Final = 4_096
+"""Log probabilities of a prompt's tokens in one answer, alternatives counted too: they travel in one frame."""
+CACHE_SALT_CHARS_MAX: Final = 256
+LORA_NAME_CHARS_MAX: Final = 256
+METADATA_ENTRIES_MAX: Final = 16
+"""OpenAI's own limit."""
 GRAMMAR_CHARS_MAX: Final = 64 * 1024
 SCHEMA_DEPTH_MAX: Final = 64
 """Levels of nesting in a JSON schema."""

@@ -61,7 +61,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """
 
     messages: tuple[ChatMessage, ...] | None = None
-    prompt: str | tuple[int, ...] | None = None  # text, or token ids int[num_prompt_tokens]
+    # Text, or token ids int[num_prompt_tokens]; or several prompts, of one kind: each has its own `n` choices.
+    prompt: str | tuple[int | str | tuple[int, ...], ...] | None = None
     model: str | None = None  # if given, must name the subject's model
     request_id: str | None = None  # [A-Za-z0-9_-]{1,64}; else Nats-Msg-Id, else the stream sequence
     client: str | None = None  # else the header, else "anonymous"
@@ -95,6 +96,19 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
     user: str | None = None
+    echo: bool = False  # `prompt` only: its text before the output; with logprobs, those of its tokens too
+    best_of: int | None = None  # only as many as `n`: every output is given back
+    lora_path: str | None = None  # name of an adapter that the workers have loaded; or `model` as "<model>:<adapter>"
+    data_parallel_rank: int | None = None  # of the worker's ranks, the one that is to run it
+    routed_dp_rank: int | None = None  # SGLang's newer name of data_parallel_rank
+    cache_salt: str | None = None  # KV is shared only among requests with the same one
+    max_thinking_tokens: int | None = None  # SGLang's field: after so many tokens of reasoning it is ended
+    metadata: dict[str, str] | None = None  # this field and those below: OpenAI's, taken where they change nothing
+    modalities: tuple[Literal["text"], ...] | None = None
+    prompt_cache_key: str | None = None  # the session, where `session` gives none
+    safety_identifier: str | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: bool | None = None
 
 
 class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -151,6 +165,15 @@ class OutputOptions(Message, frozen=True, kw_only=True):
     top_logprobs: int = 0
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
+    prompt_logprobs: bool = False  # on the first frame, with as many alternatives
+
+
+class EngineOptions(Message, frozen=True, kw_only=True):
+    """What else an engine must know of a request, prefill's and decode's alike."""
+
+    lora_path: str | None = None  # name of a loaded adapter
+    cache_salt: str | None = None
+    max_thinking_tokens: int | None = None
 
 
 class Failure(Message, frozen=True, kw_only=True):
@@ -172,6 +195,14 @@ class Work(Message, frozen=True, kw_only=True):
     deadline_unix_s: float | None = None
 
 
+class FurtherPrompt(Message, frozen=True, kw_only=True):
+    """A completion's prompt after its first."""
+
+    token_ids: TokenIds  # u32[num_prompt_tokens]
+    max_tokens: int
+    echo: str | None = None
+
+
 class OwnedTask(Work, frozen=True, kw_only=True):
     """What every task says whose worker, its owner, answers the client itself."""
 
@@ -191,6 +222,10 @@ class PreprocessedRequest(OwnedTask, frozen=True, kw_only=True):
     sampling: SamplingOptions = SamplingOptions()
     output: OutputOptions = OutputOptions()
     priority: int = 0  # larger is sooner
+    echo: str | None = None  # the prompt's text, for the first frame of each choice
+    engine: EngineOptions = EngineOptions()
+    dp_rank: int | None = None  # the decode worker's data-parallel rank that is to run it; None: any
+    further: tuple[FurtherPrompt, ...] = ()  # the choices are the first prompt's, then as many for each of these
 
 
 # --- preprocess -> embed ----------------------------------------------------------------------------
@@ -217,6 +252,7 @@ class PrefillTask(Work, frozen=True, kw_only=True):
     sampling: SamplingOptions = SamplingOptions()  # prefill draws the first token
     output: OutputOptions = OutputOptions()
     priority: int = 0  # larger is sooner
+    engine: EngineOptions = EngineOptions()
 
 
 class Claim(Message, frozen=True, kw_only=True):
@@ -247,12 +283,13 @@ class Refusal(Message, frozen=True, kw_only=True):
 
 class TokenLogprob(Message, frozen=True, kw_only=True):
     token_id: int
-    logprob: float
+    logprob: float | None  # None: of a prompt's first token, which follows nothing
     text: str | None = None
+    raw: bytes | None = None  # the token's bytes, where `text` does not tell them: a part of a character
 
 
 class PositionLogprobs(Message, frozen=True, kw_only=True):
-    """Log probabilities at one output position."""
+    """Log probabilities at one position of the output, or of the prompt."""
 
     chosen: TokenLogprob
     top: tuple[TokenLogprob, ...] = ()
@@ -266,6 +303,13 @@ class Usage(Message, frozen=True, kw_only=True, omit_defaults=False):
     @property
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
+
+
+class Echo(Message, frozen=True, kw_only=True):
+    """The prompt, where the request wants it back."""
+
+    text: str
+    logprobs: tuple[PositionLogprobs, ...] | None = None  # one for each prompt token
 
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -307,6 +351,7 @@ class Frame(Message, frozen=True, kw_only=True):
     error: Failure | None = None  # with finish_reason "error" or "abort"
     worker: str | None = None  # on an attempt's first frame and on the last
     timing: Timing | None = None  # with finish_reason
+    echo: Echo | None = None  # on a choice's first frame, once whoever owns it; stands before all text
 
 
 # --- KV events: engine -> routers, telemetry ---------------------------------------------------------

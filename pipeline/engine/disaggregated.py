@@ -20,9 +20,18 @@ import msgspec
 import structlog
 
 from pipeline import metrics, tracing
+from pipeline.block_hashes import salt_of
 from pipeline.bus import Bus, Received
 from pipeline.engine.protocol import Engine, EngineInfo, EngineOutput, EngineRequest, Room, Vitals
-from pipeline.errors import BusUnavailable, NoResponders, PipelineError, PrefillLost, WorkerGone, from_failure
+from pipeline.errors import (
+    BusUnavailable,
+    InvalidRequest,
+    NoResponders,
+    PipelineError,
+    PrefillLost,
+    WorkerGone,
+    from_failure,
+)
 from pipeline.meeting import Meetings
 from pipeline.operations import Arguments
 from pipeline.placement import Places
@@ -99,13 +108,21 @@ class DisaggregatedEngine:
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """See `Engine.generate`. A prefill worker lost before the first token costs a pause, not the request."""
+        if request.output.prompt_logprobs:
+            raise InvalidRequest(
+                "echo: with logprobs, it needs an engine that prefills what it decodes: here prefill is another "
+                "worker's, and log probabilities of the prompt do not come with its KV",
+                field="echo",
+            )
         for number in range(OFFERS_MAX):
             room, offer = secrets.randbits(ROOM_BITS), _Offer()
             self._offers[room] = offer
             started, offered_s = False, time.monotonic()
             try:
                 # Only the first offer is addressed: a worker that was just lost may still rank best.
-                best = await self._places.choose(self._model, request.token_ids) if number == 0 else None
+                best = None
+                if number == 0:
+                    best = await self._places.choose(self._model, request.token_ids, None, salt_of(request.options))
                 claim = await self._claimed(request, room, offer, best)
                 claimed_s = time.monotonic()
                 metrics.PREFILL_CLAIM_SECONDS.observe(claimed_s - offered_s)
@@ -151,6 +168,7 @@ class DisaggregatedEngine:
             sampling=request.sampling,
             output=request.output,
             priority=request.priority,
+            engine=request.options,
         )
         to_any, to_one = names.PREFILL_ANY, names.PREFILL_WORKER
         subject = to_one.of(model=self._model, worker=worker) if worker else to_any.of(model=self._model)

@@ -8,6 +8,7 @@ from pipeline.operations import Arguments
 from subjects.codec import TokenIds, Vector
 from subjects.messages import (
     Embedding,
+    EngineOptions,
     FinishReason,
     Load,
     MetricFamily,
@@ -58,6 +59,7 @@ class EngineRequest:
     priority: int = 0  # larger is sooner, where the engine has priorities
     room: Room | None = None  # with disaggregation, on both sides
     dp_rank: int | None = None  # the data-parallel rank that is to run it; None: any
+    options: EngineOptions = field(default_factory=EngineOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,7 @@ class EngineOutput:
     matched_stop: int | str | None = None
     cached_tokens: int = 0  # on the last step: prompt tokens found in the KV cache
     prefilled: Prefilled | None = None  # on the last step, with disaggregation
+    prompt_logprobs: tuple[PositionLogprobs, ...] | None = None  # on the first step, where asked for
 
 
 @dataclass(frozen=True, kw_only=True)

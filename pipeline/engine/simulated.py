@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import msgspec
 
-from pipeline.block_hashes import TOKEN_BYTES, block_hashes
+from pipeline.block_hashes import TOKEN_BYTES, block_hashes, salt_of
 from pipeline.bus import Bus
 from pipeline.config import SimulatedSettings
 from pipeline.engine.protocol import CANARY, EmbeddingBatch, EngineInfo, EngineOutput, EngineRequest, Room, Vitals
@@ -161,6 +161,7 @@ class Writer:
         """The next tokens, at most `count`; the last output has a finish_reason."""
         tokens: list[int] = []
         text = ""
+        prompt = self._prompt_logprobs() if self._request.output.prompt_logprobs and not self.num_tokens else None
         finish: FinishReason | None = None
         matched: int | str | None = None
         while finish is None and len(tokens) < count:
@@ -178,6 +179,7 @@ class Writer:
             logprobs=self._logprobs(tokens) if self._request.output.logprobs else None,
             finish_reason=finish,
             matched_stop=matched,
+            prompt_logprobs=prompt,
         )
 
     def _after(self, token: int) -> tuple[str, FinishReason | None, int | str | None]:
@@ -200,6 +202,12 @@ class Writer:
             )
             for token in tokens
         )
+
+    def _prompt_logprobs(self) -> tuple[PositionLogprobs, ...]:
+        """As `_logprobs`; the first token follows nothing."""
+        first, *others = self._request.token_ids
+        nothing = TokenLogprob(token_id=first, logprob=None, text=text_of(first))
+        return (PositionLogprobs(chosen=nothing), *self._logprobs(others))
 
 
 def _logprob(token: int, rank: int) -> TokenLogprob:
@@ -517,7 +525,8 @@ class SimulatedEngine:
     async def _prefilled(self, request: EngineRequest, writer: Writer, turn: Turn) -> AsyncIterator[EngineOutput]:
         """The whole output, from a prompt whose first blocks may be in the cache."""
         block_tokens = self._settings.kv_block_tokens
-        hashes = block_hashes(request.token_ids, block_tokens)
+        salt = salt_of(request.options)
+        hashes = block_hashes(request.token_ids, block_tokens, salt)
         # The last token is computed in any case: the next one comes of it.
         usable = (len(request.token_ids) - 1) // block_tokens
         cached_tokens = self._cache.held(hashes[:usable]) * block_tokens
@@ -531,7 +540,7 @@ class SimulatedEngine:
                 yield output
             else:
                 computed = TokenIds(b"".join(sequence)[:-TOKEN_BYTES])  # the last token's KV would come with the next
-                self._keep(block_hashes(computed, block_tokens))
+                self._keep(block_hashes(computed, block_tokens, salt))
                 yield replace(output, cached_tokens=cached_tokens)
 
     def _first_token_s(self, uncached_tokens: int) -> float:
@@ -586,14 +595,23 @@ class SimulatedEngine:
                 size=size,
                 limit=limit,
             )
-        sampling = request.sampling
-        for name, grammar in (
-            ("json_schema", sampling.json_schema),
-            ("regex", sampling.regex),
-            ("ebnf", sampling.ebnf),
+        if request.dp_rank:
+            raise InvalidRequest(
+                f"data_parallel_rank: {request.dp_rank} is out of range: the simulated engine has one rank",
+                field="data_parallel_rank",
+                size=request.dp_rank,
+                limit=0,
+            )
+        sampling, options = request.sampling, request.options
+        for name, wanted, what in (
+            ("json_schema", sampling.json_schema, "grammars"),
+            ("regex", sampling.regex, "grammars"),
+            ("ebnf", sampling.ebnf, "grammars"),
+            ("lora_path", options.lora_path, "adapters"),
+            ("max_thinking_tokens", options.max_thinking_tokens, "thoughts"),
         ):
-            if grammar is not None:
-                raise InvalidRequest(f"the simulated engine has no grammars: {name}", field=name)
+            if wanted is not None:
+                raise InvalidRequest(f"{name}: the simulated engine has no {what}", field=name)
 
 
 def _joined(outputs: list[EngineOutput]) -> EngineOutput:
@@ -606,4 +624,5 @@ def _joined(outputs: list[EngineOutput]) -> EngineOutput:
         finish_reason=last.finish_reason,
         matched_stop=last.matched_stop,
         cached_tokens=last.cached_tokens,
+        prompt_logprobs=outputs[0].prompt_logprobs,
     )

@@ -169,7 +169,7 @@ async def _ended_on_error(exchange: Exchange, answer: Awaitable[Response]) -> Re
 
 async def _whole(request: Request, exchange: Exchange, asked: Asked) -> Response:
     """The answer in one piece. Raises the error of a choice that failed."""
-    completion = Completion(asked.request_id, asked.model, asked.chat, asked.choices)
+    completion = Completion(asked.request_id, asked.model, asked.chat, asked.choices, asked.prompts)
     while frames := await while_there(request, exchange.take()):
         for frame in frames:
             completion.add(frame)

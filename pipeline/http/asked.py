@@ -13,7 +13,7 @@ import msgspec
 from pipeline.client import check_token
 from pipeline.errors import InvalidRequest
 from pipeline.http.chunks import Cursor
-from pipeline.openai import choices_of
+from pipeline.request_options import choices_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +24,7 @@ class Asked:
     model: str
     chat: bool
     choices: int
+    prompts: int
     stream: bool
     include_usage: bool
     deadline_unix_s: float
@@ -36,6 +37,7 @@ class Asked:
             include_usage=self.include_usage,
             created_unix_s=int(time.time()),
             model=self.model,
+            prompts=self.prompts,
             seen=((0, False),) * self.choices,
         )
 
@@ -56,7 +58,8 @@ def parse_body(body: bytes, *, chat: bool, client: str, request_s: float) -> Ask
         request_id=request_id,
         model=fields["model"],
         chat=chat,
-        choices=choices_of(fields.get("n")),
+        choices=choices_of(fields.get("n"), fields.get("prompt")),
+        prompts=choices_of(1, fields.get("prompt")),
         stream=fields.get("stream") is True,
         include_usage=isinstance(options, dict) and options.get("include_usage") is True,
         deadline_unix_s=deadline if known else default_unix_s,

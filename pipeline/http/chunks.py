@@ -18,7 +18,9 @@ from subjects.messages import Failure, Frame
 
 DONE: Final = b"data: [DONE]\n\n"
 KEEP_ALIVE: Final = b": keep-alive\n\n"
-_CURSOR: Final = re.compile(r"(chat|text)(\+usage)?/(\d{1,12})/(\d{1,9}e?(?:\.\d{1,9}e?)*)/(.*)", re.ASCII)
+_CURSOR: Final = re.compile(
+    r"(chat|text)(?:\*(\d{1,2}))?(\+usage)?/(\d{1,12})/(\d{1,9}e?(?:\.\d{1,9}e?)*)/(.*)", re.ASCII
+)
 CURSOR_CHARS_MAX: Final = 4096
 
 
@@ -34,6 +36,7 @@ class Cursor:
     include_usage: bool = False
     created_unix_s: int = 0
     model: str = ""
+    prompts: int = 1
     seen: tuple[tuple[int, bool], ...] = ((0, False),)
     """Of each choice: how many tokens its reader has, and whether it has the end too."""
 
@@ -41,20 +44,22 @@ class Cursor:
     def parse(cls, text: str) -> "Cursor":
         """From an event's id. Raises InvalidRequest."""
         found = _CURSOR.fullmatch(text) if len(text) <= CURSOR_CHARS_MAX else None
-        counts = found[4].split(".") if found else ()
+        counts = found[5].split(".") if found else ()
         if found is None or len(counts) > CHOICES_MAX:
             raise InvalidRequest("Last-Event-ID: is no id of a stream's event", field="Last-Event-ID")
         return cls(
             chat=found[1] == "chat",
-            include_usage=found[2] is not None,
-            created_unix_s=int(found[3]),
-            model=unquote(found[5]),
+            include_usage=found[3] is not None,
+            created_unix_s=int(found[4]),
+            model=unquote(found[6]),
+            prompts=max(1, int(found[2] or 1)),
             seen=tuple((int(count.removesuffix("e")), count.endswith("e")) for count in counts),
         )
 
     def __str__(self) -> str:
         """One line of ASCII."""
-        kind = ("chat" if self.chat else "text") + ("+usage" if self.include_usage else "")
+        several = f"*{self.prompts}" if self.prompts > 1 else ""
+        kind = ("chat" if self.chat else "text") + several + ("+usage" if self.include_usage else "")
         counts = ".".join(f"{tokens}{'e' if ended else ''}" for tokens, ended in self.seen)
         return f"{kind}/{self.created_unix_s}/{counts}/{quote(self.model)}"
 
@@ -78,7 +83,7 @@ class Chunks:
 
     def __init__(self, request_id: str, cursor: Cursor) -> None:
         self._id, self._cursor = answer_id(request_id, cursor.chat), cursor
-        self._ends = Completion(request_id, cursor.model, cursor.chat)
+        self._ends = Completion(request_id, cursor.model, cursor.chat, len(cursor.seen), cursor.prompts)
 
     def event(self, frame: Frame) -> bytes:
         """A frame's event; empty where it brings its reader nothing new. Raises a failed request's error."""
@@ -94,6 +99,8 @@ class Chunks:
             return b""
         positions = (frame.logprobs or ())[had:]
         text = "" if had and had == count else frame.text
+        if frame.echo is not None and not tokens:  # a reader that has tokens has the prompt too
+            text, positions = frame.echo.text + text, (*(frame.echo.logprobs or ()), *positions)
         self._cursor = self._cursor.after(frame.choice, frame.index + count, frame.finish_reason is not None)
         if self._cursor.chat:
             said: dict[str, Any] = {"delta": {"content": text} if tokens else {"role": "assistant", "content": text}}

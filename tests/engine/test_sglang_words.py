@@ -8,7 +8,14 @@ from pipeline.engine.protocol import EngineRequest
 from pipeline.engine.sglang import outputs, requests
 from pipeline.errors import EngineFailed, InvalidRequest
 from subjects.codec import TokenIds
-from subjects.messages import OutputOptions, PositionLogprobs, SamplingOptions, StopConditions, TokenLogprob
+from subjects.messages import (
+    EngineOptions,
+    OutputOptions,
+    PositionLogprobs,
+    SamplingOptions,
+    StopConditions,
+    TokenLogprob,
+)
 
 OPEN, STREAMED = SamplingOptions(), OutputOptions()
 
@@ -144,8 +151,42 @@ def test_an_abort_with_a_status_is_an_error(status: int, error: type):
         ("min_new_tokens must be in [0, max_new_tokens(4)], got 5.", "min_tokens"),
         ("Requested token count exceeds the model's maximum context length of 8 tokens.", "max_tokens"),
         ("top_p must be in (0, 1], got 3.0.", "top_p"),
+        ("routed_dp_rank=7 out of range [0, 1)", "data_parallel_rank"),
+        ("LoRA adapter 'poet' was requested, but LoRA is not enabled.", "lora_path"),
+        ("Received request with 2 unique loras requested but max loaded loras is 1", "lora_path"),
+        ("max_thinking_tokens requires the server to be launched with --enable-strict-thinking", "max_thinking_tokens"),
         ("something else entirely", None),
     ],
 )
 def test_a_refusal_names_our_field(says: str, field: str | None):
     assert (requests.refusal(says).field, str(requests.refusal(says))) == (field, says)
+
+
+def test_what_an_engine_must_know_beside_is_mapped():
+    """A field added to our message and forgotten here would be dropped in silence."""
+    options = EngineOptions(lora_path="poet", cache_salt="tenant-7", max_thinking_tokens=0)
+    plain, told = (requests.arguments(replace(request(), options=one), {}) for one in (EngineOptions(), options))
+    assert told.keys() - plain.keys() == set(EngineOptions.__struct_fields__)
+    assert (told["lora_path"], told["max_thinking_tokens"]) == ("poet", 0)
+    unsalted = requests.arguments(replace(request(), options=options), {}, salted=False)
+    assert unsalted["extra_key"] == told["cache_salt"] != "tenant-7", "the adapter is part of it"
+    assert "cache_salt" not in unsalted
+    assert requests.arguments(replace(request(), dp_rank=3), {})["routed_dp_rank"] == 3
+
+
+def test_a_prompts_logprobs_come_with_the_first_chunk():
+    wanted = requests.arguments(request(output=OutputOptions(logprobs=True, prompt_logprobs=True)), {})
+    assert (wanted["return_logprob"], wanted["logprob_start_len"]) == (True, 0)
+    theirs = {
+        "input_token_logprobs": [(None, 1, "a"), (-2.0, 2, "\ufffd")],
+        "input_top_logprobs": [None, [(-1.0, 3, "c")]],
+        "output_token_logprobs": [(-1.0, 5, "five"), (-1.5, 6, "six")],
+        "output_top_logprobs": [[], []],
+    }
+    step = outputs.step(
+        chunk(**theirs), logprobs=True, top_logprobs=1, prompt_logprobs=True, piece_of={2: "ðŁ"}.__getitem__
+    )
+    first, second = step.prompt_logprobs
+    assert (first.chosen.logprob, first.top) == (None, ())
+    assert (second.chosen.raw, second.top[0].token_id) == (b"\xf0\x9f", 3)
+    assert outputs.step(chunk(**theirs), logprobs=True, top_logprobs=1).prompt_logprobs is None

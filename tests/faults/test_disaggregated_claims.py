@@ -83,7 +83,7 @@ class Ranked:
     def __init__(self, best: str | None) -> None:
         self._best = best
 
-    async def choose(self, model: str, token_ids: TokenIds, session: str | None = None) -> str | None:
+    async def choose(self, model: str, token_ids: TokenIds, session: str | None = None, salt: str = "") -> str | None:
         return self._best
 
 

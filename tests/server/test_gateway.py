@@ -331,3 +331,34 @@ async def test_any_gateway_goes_on_with_the_stream_of_a_killed_one(serving: Serv
     async with serving.http.stream("GET", url, params={"last_event_id": reader.last_id}) as answer:
         await after.read(answer.aiter_lines())
     assert (after.done, after.texts, after.usage) == (True, {}, reader.usage)
+
+
+async def test_several_prompts_are_echoed_each_with_its_choices(serving: Serving):
+    other = [30, 31]
+    asked = {"model": MODEL, "prompt": [PROMPT, other], "n": 2, "max_tokens": 4, "extra_body": {"ignore_eos": True}}
+    whole = await serving.openai().completions.create(**asked, echo=True, logprobs=1)
+    outputs = ["".join(text_of(t) for t in expected_tokens(TokenIds.of(p), 4).tolist()) for p in (PROMPT, other)]
+    assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
+    for choice, output, prompt in zip(
+        whole.choices, outputs[:1] * 2 + outputs[1:] * 2, [PROMPT] * 2 + [other] * 2, strict=True
+    ):
+        assert choice.text.endswith(output) and len(choice.text) > len(output)
+        assert choice.logprobs.token_logprobs[0] is None
+        assert len(choice.logprobs.tokens) == len(prompt) + 4
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(PROMPT) + len(other), 16)
+
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    stream = await serving.openai().completions.create(**asked, echo=True, logprobs=1, **options)
+    texts, last = dict.fromkeys(range(4), ""), None
+    async for chunk in stream:
+        last = chunk
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert [texts[index] for index in range(4)] == [choice.text for choice in whole.choices]
+    assert last.usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+async def test_an_adapter_that_no_worker_has_is_refused_by_name(serving: Serving):
+    for body in ({"model": f"{MODEL}:poet"}, {"lora_path": "poet"}):
+        response = await serving.post(body)
+        assert (response.status_code, error_of(response)["param"]) == (400, "lora_path")

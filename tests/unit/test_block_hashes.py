@@ -5,8 +5,9 @@ import random
 
 import pytest
 
-from pipeline.block_hashes import LANDMARK_TOKENS, PromptHasher, block_hashes, landmark_mask
+from pipeline.block_hashes import LANDMARK_TOKENS, PromptHasher, block_hashes, landmark_mask, salt_of
 from subjects.codec import TokenIds
+from subjects.messages import EngineOptions
 
 TOKENS = TokenIds.of(random.Random(1).choices(range(100_000), k=2_000))
 SIZES = (1, 4, 16, 64)
@@ -43,3 +44,15 @@ def test_what_is_remembered_changes_nothing(block_tokens: int, pieces_max: int):
         assert found.ends == [number * block_tokens for number, _ in wanted]
         assert len(hasher) <= pieces_max
     assert len(hasher) == pieces_max or pieces_max == 1000
+
+
+def test_a_salt_and_an_adapter_have_blocks_of_their_own():
+    kinds = (EngineOptions(), EngineOptions(cache_salt="a"), EngineOptions(lora_path="a"))
+    both = EngineOptions(cache_salt="a", lora_path="a")
+    hasher = PromptHasher()
+    seen = set()
+    for salt in map(salt_of, (*kinds, both)):
+        found = hasher.landmarks(TOKENS, 16, salt=salt)
+        assert found.hashes == block_hashes(TokenIds(TOKENS.raw[:-4]), 16, salt), "also where others are remembered"
+        assert not seen & set(found.hashes)
+        seen |= set(found.hashes)

@@ -25,8 +25,11 @@ FAILURE: Final = m.Failure(
     limit=2,
     retry_after_s=1.5,
 )
-CHOSEN: Final = m.TokenLogprob(token_id=7042, logprob=-0.25, text=" Paris")
+CHOSEN: Final = m.TokenLogprob(token_id=7042, logprob=-0.25, text=" Paris", raw=b" Paris")
 LOGPROBS: Final = m.PositionLogprobs(chosen=CHOSEN, top=(CHOSEN, m.TokenLogprob(token_id=260, logprob=-2.5)))
+FIRST: Final = m.PositionLogprobs(chosen=m.TokenLogprob(token_id=504, logprob=None, text="The"))
+ECHO: Final = m.Echo(text="The capital", logprobs=(FIRST, LOGPROBS))
+FURTHER: Final = m.FurtherPrompt(token_ids=TOKENS, max_tokens=7, echo="One, two,")
 STOP: Final = m.StopConditions(
     max_tokens=64, min_tokens=2, stop=("\n\n", "é"), stop_token_ids=(2, 49151), ignore_eos=True
 )
@@ -45,8 +48,9 @@ SAMPLING: Final = m.SamplingOptions(
     ebnf='root ::= "a"',
 )
 OUTPUT: Final = m.OutputOptions(
-    stream=False, logprobs=True, top_logprobs=2, skip_special_tokens=False, no_stop_trim=True
+    stream=False, logprobs=True, top_logprobs=2, skip_special_tokens=False, no_stop_trim=True, prompt_logprobs=True
 )
+ENGINE: Final = m.EngineOptions(lora_path="poet", cache_salt="tenant-7", max_thinking_tokens=512)
 USAGE: Final = m.Usage(prompt_tokens=31, completion_tokens=8, cached_tokens=16)
 TIMING: Final = m.Timing(
     accepted_unix_s=1789999990.25,
@@ -115,6 +119,19 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             skip_special_tokens=False,
             no_stop_trim=True,
             user="u",
+            echo=True,
+            best_of=2,
+            lora_path="poet",
+            data_parallel_rank=1,
+            routed_dp_rank=1,
+            cache_salt="tenant-7",
+            max_thinking_tokens=512,
+            metadata={"run": "7"},
+            modalities=("text",),
+            prompt_cache_key="talk",
+            safety_identifier="u",
+            service_tier="auto",
+            store=False,
         ),
         m.EmbeddingRequest(
             input=("What is the capital of France?", "北京"),
@@ -129,6 +146,9 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
         STOP,
         SAMPLING,
         OUTPUT,
+        ENGINE,
+        ECHO,
+        FURTHER,
         m.Work(request_id="r-1", deadline_unix_s=1790000000.5),
         m.OwnedTask(
             request_id="r-1",
@@ -154,6 +174,10 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             accepted_unix_s=1789999990.25,
             reader="_INBOX_me.1",
             priority=7,
+            echo="The capital",
+            engine=ENGINE,
+            dp_rank=1,
+            further=(FURTHER,),
         ),
         m.EmbeddingTask(
             request_id="r-1",
@@ -178,6 +202,7 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             sampling=SAMPLING,
             output=OUTPUT,
             priority=-1000,
+            engine=ENGINE,
         ),
         m.Claim(room=7, worker="prefill-0", incarnation="0123456789ab"),
         m.Grant(granted=False, reason="prefill-1 has this room"),
@@ -202,6 +227,7 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             error=FAILURE,
             worker="decode-1",
             timing=TIMING,
+            echo=ECHO,
         ),
         m.Cancel(reason="changed my mind"),
         m.ControlRequest(arguments={"steps": 5}),

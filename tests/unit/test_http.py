@@ -53,6 +53,9 @@ FRAMES = [
     ),
 ]
 
+ROUTES = ("chat", "complete", "embed", "models", "model", "stream", "live", "ready")
+"""The gateway's handlers."""
+
 
 def told(cursor: Cursor) -> list[bytes]:
     chunks = Chunks("r", cursor)
@@ -96,8 +99,7 @@ async def test_an_error_has_its_status(error: Exception, status: int, retry_afte
     async def fail(_: Request) -> Response:
         raise error
 
-    routes = ("chat", "complete", "embed", "models", "model", "stream", "live", "ready")
-    app = make_app(SimpleNamespace(**dict.fromkeys(routes, fail)), ())
+    app = make_app(SimpleNamespace(**dict.fromkeys(ROUTES, fail)), ())
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
         answer = await client.get("/v1/models")
@@ -113,8 +115,7 @@ async def test_a_request_is_counted_and_logged_once():
         visit.first_token()
         return Response(b"12345")
 
-    routes = ("chat", "complete", "models", "model", "stream", "live", "ready")
-    app = visits.Visits(make_app(SimpleNamespace(**dict.fromkeys(routes, told)), ()), lambda name: name == "m")
+    app = visits.Visits(make_app(SimpleNamespace(**dict.fromkeys(ROUTES, told)), ()), lambda name: name == "m")
     before = {name: _count(name) for name in ("m", "other", "")}
     with structlog.testing.capture_logs() as lines:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:

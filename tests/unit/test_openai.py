@@ -1,19 +1,24 @@
 """Every field of a request: what it becomes, and the error that names it when it is wrong."""
 
+import inspect
 import json
 import math
 from typing import Any
 
 import msgpack
+import openai
 import pytest
 
 from pipeline.errors import DeadlineExceeded, InvalidRequest, PayloadTooLarge, PipelineError, PromptTooLong
 from pipeline.openai import JSON_OBJECT, IdentifiedRequest, identify, parse_request, resolve
 from pipeline.refusals import UNSUPPORTED
+from pipeline.request_options import choices_of
 from subjects import headers, limits, names
 from subjects.codec import Format, TokenIds
 from subjects.messages import (
     ChatMessage,
+    EngineOptions,
+    FurtherPrompt,
     OutputOptions,
     PreprocessedRequest,
     Request,
@@ -23,6 +28,7 @@ from subjects.messages import (
 
 SUBJECT = names.REQUESTS.of(model="m")
 NOW_S = 1_790_000_000.0
+TIMES = {"accepted_unix_s": NOW_S - 1, "now_unix_s": NOW_S}
 VOCAB = 1000
 CONTEXT_TOKENS = 100
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -35,7 +41,7 @@ def json_of(fields: dict[str, Any]) -> bytes:
 
 def parse(fields: dict[str, Any] | bytes, message_headers: dict[str, str] | None = None) -> IdentifiedRequest:
     payload = fields if isinstance(fields, bytes) else json_of(fields)
-    return parse_request(payload, message_headers or {}, SUBJECT, 7, accepted_unix_s=NOW_S - 1, now_unix_s=NOW_S)
+    return parse_request(payload, message_headers or {}, SUBJECT, 7, **TIMES)
 
 
 def resolved(fields: dict[str, Any] | bytes, prompt_tokens: int = 10) -> PreprocessedRequest:
@@ -159,6 +165,21 @@ WRONG = [
     ({"top_logprobs": 5}, "top_logprobs", None, None),
     ({"logprobs": 5}, "logprobs", None, None),
     ({"user": 5}, "user", None, None),
+    ({"echo": True}, "echo", None, None),
+    ({"best_of": 2}, "best_of", None, None),
+    ({"best_of": 2, "n": 3}, "best_of", None, None),
+    ({"store": True}, "store", None, None),
+    ({"service_tier": "flex"}, "service_tier", None, None),
+    ({"modalities": ["text", "audio"]}, "modalities.1", None, None),
+    ({"metadata": {str(i): "" for i in range(17)}}, "metadata", 17, 16),
+    ({"lora_path": "p" * 257}, "lora_path", 257, 256),
+    ({"model": "m:poet", "lora_path": "cook"}, "lora_path", None, None),
+    ({"cache_salt": ""}, "cache_salt", 0, 1),
+    ({"cache_salt": "s" * 257}, "cache_salt", 257, 256),
+    ({"data_parallel_rank": -1}, "data_parallel_rank", -1, 0),
+    ({"routed_dp_rank": -1}, "routed_dp_rank", -1, 0),
+    ({"data_parallel_rank": 1, "routed_dp_rank": 2}, "routed_dp_rank", None, None),
+    ({"max_thinking_tokens": -1}, "max_thinking_tokens", -1, 0),
     ({"tools": [{"type": "function"}]}, "tools", None, None),
     ({"nonsense": 1}, "nonsense", None, None),
 ]
@@ -207,8 +228,15 @@ def test_the_place_of_a_mistake_deep_in_a_schema_is_shortened(value):
         ({"messages": CHAT["messages"] * (limits.MESSAGES_MAX + 1)}, "messages"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": []}, "prompt"),
-        ({"prompt": ["one", "two"]}, "prompt.0"),
-        ({"prompt": [[1], [2]]}, "prompt.0"),
+        ({"prompt": ["one", 2]}, "prompt.1"),
+        ({"prompt": [1, "two"]}, "prompt.1"),
+        ({"prompt": ["one", ""]}, "prompt.1"),
+        ({"prompt": [[1], []]}, "prompt.1"),
+        ({"prompt": [[1], [2, -1]]}, "prompt.1.1"),
+        ({"prompt": [[1], [VOCAB]]}, "prompt.1.0"),
+        ({"prompt": ["one"] * (limits.CHOICES_MAX + 1)}, "prompt"),
+        ({"prompt": ["one", "two"], "n": limits.CHOICES_MAX}, "prompt"),
+        ({"prompt": {"text": "one"}}, "prompt"),
         ({"prompt": [1, -1]}, "prompt.1"),
         ({"prompt": [1, VOCAB]}, "prompt.1"),
         ({"prompt": [1, 2**32]}, "prompt.1"),
@@ -589,3 +617,86 @@ def test_every_error_is_of_the_tree_and_can_travel():
             resolved(CHAT | fields)
         for number in (error.value.failure().size, error.value.failure().limit):
             assert number is None or math.isfinite(number)
+
+
+def openai_parameters() -> set[str]:
+    """What OpenAI's own client sends in the two bodies."""
+    resources = (openai.resources.chat.AsyncCompletions, openai.resources.AsyncCompletions)
+    names_of = {name for resource in resources for name in inspect.signature(resource.create).parameters}
+    return names_of - {"self", "timeout", "extra_headers", "extra_query", "extra_body"}
+
+
+@pytest.mark.parametrize("name", sorted(openai_parameters()))
+def test_every_parameter_of_openais_client_is_taken_or_refused_with_its_reason(name):
+    assert (name in Request.__struct_fields__) != (name in UNSUPPORTED)
+
+
+def test_what_changes_nothing_here_is_taken():
+    harmless = {
+        "metadata": {"run": "7"},
+        "modalities": ["text"],
+        "safety_identifier": "someone",
+        "service_tier": "auto",
+        "store": False,
+        "user": "someone",
+        "best_of": 1,
+    }
+    assert resolved(CHAT | harmless) == resolved(CHAT)
+
+
+def test_what_the_engine_must_know_reaches_it():
+    asked = {"lora_path": "poet", "cache_salt": "tenant-7", "max_thinking_tokens": 0, "routed_dp_rank": 3}
+    request = resolved(CHAT | asked)
+    assert request.engine == EngineOptions(lora_path="poet", cache_salt="tenant-7", max_thinking_tokens=0)
+    assert request.dp_rank == resolved(CHAT | {"data_parallel_rank": 3}).dp_rank == 3
+
+
+def test_an_adapter_may_stand_behind_the_model():
+    assert resolved(CHAT | {"model": "m:poet"}).engine.lora_path == "poet"
+    assert resolved(CHAT | {"model": "m:poet", "lora_path": "poet"}).engine.lora_path == "poet"
+    named = parse_request(json_of(CHAT | {"model": "a:b"}), {}, names.REQUESTS.of(model="a-b"), 7, **TIMES)
+    assert (named.model, named.engine.lora_path) == ("a-b", None), "the sign is a part of this model's name"
+
+
+def test_each_prompt_has_its_own_room_text_and_choices():
+    identified = parse(TEXT | {"prompt": ["one", "two"], "n": 2, "echo": True, "min_tokens": 1})
+    long, short = TokenIds.of(range(90)), TokenIds.of(range(4))
+    request = resolve(identified, long, short, context_len_tokens=100, vocab_size=VOCAB, echo=("one", "two"))
+    assert (request.choices, request.stop.max_tokens, request.echo) == (4, 10, "one")
+    assert request.further == (FurtherPrompt(token_ids=short, max_tokens=96, echo="two"),)
+    with pytest.raises(PromptTooLong):
+        resolve(identified, short, TokenIds.of(range(100)), context_len_tokens=100, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("fields", "choices"),
+    [
+        ({"prompt": ["a", "b", "c"], "n": 2}, 6),
+        ({"prompt": [[1], [2]]}, 2),
+        ({"prompt": [1, 2, 3]}, 1),
+        ({"prompt": ["a"] * 65}, 1),
+        ({"prompt": "a", "n": None}, 1),
+        ({"prompt": [], "n": 3}, 3),
+    ],
+    ids=name_of,
+)
+def test_who_answers_an_error_knows_how_many_choices_wait_for_it(fields, choices):
+    assert identify(json_of(fields), {}, 7).choices == choices_of(fields.get("n"), fields["prompt"]) == choices
+
+
+def test_logprobs_of_a_prompt_are_limited_by_what_a_frame_carries():
+    asked = TEXT | {"echo": True, "logprobs": 1}
+    most = limits.PROMPT_LOGPROBS_MAX // 2
+    there = resolve(parse(asked), TokenIds(bytes(4 * most)), context_len_tokens=10**6, vocab_size=VOCAB)
+    assert there.output.prompt_logprobs and there.output.top_logprobs == 1
+    with pytest.raises(InvalidRequest) as error:
+        resolve(parse(asked), TokenIds(bytes(4 * most + 4)), context_len_tokens=10**6, vocab_size=VOCAB)
+    assert (error.value.field, error.value.size, error.value.limit) == ("echo", 2 * most + 2, 2 * most)
+    assert not resolved(TEXT | {"logprobs": 1}).output.prompt_logprobs
+
+
+def test_a_prompt_alone_may_be_asked_for_with_its_echo_only():
+    assert resolved(TEXT | {"echo": True, "max_tokens": 0}).stop.max_tokens == 0
+    with pytest.raises(InvalidRequest) as error:
+        resolved(TEXT | {"max_tokens": 0})
+    assert (error.value.field, error.value.limit) == ("max_tokens", 1)

@@ -140,6 +140,7 @@ def test_a_prompt_is_addressed_only_where_that_makes_a_difference(workers: Worke
     workers.states = unlike
     assert placing(workers).choose(PROMPT) is None  # without their caches they are alike
     assert placing(workers, index).choose(PROMPT) == "b"
+    assert placing(workers, index).choose(PROMPT, salt="tenant-7") is None  # b has it without that salt
     assert len({placing(workers).choose(PROMPT, "talk") for _ in range(9)} - {None}) == 1  # but a session stays
     workers.states = alone
     assert placing(workers, index).choose(PROMPT) is None

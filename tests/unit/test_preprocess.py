@@ -47,7 +47,7 @@ class At:
     def __init__(self, worker: str | None) -> None:
         self.worker = worker
 
-    async def choose(self, model: str, token_ids: TokenIds, session: str | None = None) -> str | None:
+    async def choose(self, model: str, token_ids: TokenIds, session: str | None = None, salt: str = "") -> str | None:
         return self.worker
 
 

@@ -72,6 +72,7 @@ class SglangEngine:
         self._folder = ""  # where the model lies, once prepared
         self._operations: Operations | None = None  # of the started engine
         self._priority_sign = 0  # 0: this engine was started without priorities
+        self._ends_thinking = False
         self._streams: dict[str, _Stream] = {}  # by rid
         self._outputs = 0  # chunks that SGLang has sent for users' requests
         self._processes: tuple[vitals.EngineProcess, ...] = ()
@@ -97,6 +98,7 @@ class SglangEngine:
         self._processes = await asyncio.to_thread(vitals.engine_processes, launch.children() - self._others)
         if state["enable_priority_scheduling"]:
             self._priority_sign = -1 if state["schedule_low_priority_values_first"] else 1
+        self._ends_thinking = bool(state["enable_strict_thinking"] and state["reasoning_parser"])
         return self._info(state)
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
@@ -109,16 +111,23 @@ class SglangEngine:
         from sglang.srt.managers.io_struct import GenerateReqInput
 
         defaults = self._sampling.defaults(request.sampling)
-        given = GenerateReqInput(**requests.arguments(request, defaults, self._priority_sign))
-        stream = self._begun(request.rid, given)
+        self._refuse_thinking_budget(request)
+        words = requests.arguments(
+            request, defaults, self._priority_sign, salted="cache_salt" in GenerateReqInput.__dataclass_fields__
+        )
+        stream = self._begun(request.rid, GenerateReqInput(**words))
+        prompt_logprobs = request.output.prompt_logprobs
         try:
             while True:
                 output = outputs.step(
                     await stream.next(),
                     logprobs=request.output.logprobs,
                     top_logprobs=request.output.top_logprobs,
+                    prompt_logprobs=prompt_logprobs,
+                    piece_of=self._piece_of,
                 )
                 yield output
+                prompt_logprobs = False
                 if output.finish_reason is not None:
                     return
         finally:
@@ -151,6 +160,15 @@ class SglangEngine:
         chunks = self._manager.generate_request(given, None)
         stream = self._streams[rid] = _Stream(chunks if rid.startswith(CANARY) else self._counted(chunks))
         return stream
+
+    def _refuse_thinking_budget(self, request: EngineRequest) -> None:
+        """SGLang drops it in silence where it does not know where the model's thinking ends."""
+        if request.options.max_thinking_tokens is not None and not self._ends_thinking:
+            raise InvalidRequest(
+                "max_thinking_tokens: this engine was started without SGLang's --reasoning-parser and "
+                "--enable-strict-thinking",
+                field="max_thinking_tokens",
+            )
 
     async def warm_up(self) -> None:
         """Prefill one prompt: SGLang's kernels compile and its pools are touched at the first.
@@ -288,6 +306,10 @@ class SglangEngine:
         tokenizer = self._manager.tokenizer
         known = (tokenizer.bos_token_id, tokenizer.eos_token_id) if tokenizer is not None else ()
         return next((token for token in known if token is not None), 0)
+
+    def _piece_of(self, token_id: int) -> str | None:
+        tokenizer = self._manager.tokenizer
+        return tokenizer.convert_ids_to_tokens(token_id) if tokenizer is not None else None
 
     async def _counted(self, chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[dict[str, Any], None]:
         async with aclosing(chunks):

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from pipeline.engine.protocol import EngineOutput
 from pipeline.engine.sglang.requests import refusal
+from pipeline.engine.sglang.token_bytes import LOST, PieceOf, bytes_of
 from pipeline.errors import EngineFailed, PrefillLost
 from subjects.codec import NO_TOKENS, TokenIds, Vector
 from subjects.messages import PositionLogprobs, TokenLogprob
@@ -19,8 +20,18 @@ _TRANSFER_FAILED: Final = "KVTransferError"
 """Stands in SGLang's word of a room that came to nothing."""
 
 
-def step(chunk: Mapping[str, Any], *, logprobs: bool, top_logprobs: int) -> EngineOutput:
-    """One chunk as a step. Raises InvalidRequest, PrefillLost or EngineFailed where SGLang ended the request so."""
+def step(
+    chunk: Mapping[str, Any],
+    *,
+    logprobs: bool,
+    top_logprobs: int,
+    prompt_logprobs: bool = False,
+    piece_of: PieceOf = lambda _: None,
+) -> EngineOutput:
+    """One chunk as a step; `prompt_logprobs`: with those of the prompt. `piece_of`: see `token_bytes`.
+
+    Raises InvalidRequest, PrefillLost or EngineFailed where SGLang ended the request so.
+    """
     meta = chunk["meta_info"]
     finish = meta["finish_reason"]
     if finish and finish["type"] == "abort":
@@ -29,10 +40,11 @@ def step(chunk: Mapping[str, Any], *, logprobs: bool, top_logprobs: int) -> Engi
     return EngineOutput(
         token_ids=TokenIds.of(token_ids),
         text=chunk["text"],
-        logprobs=_logprobs(meta, len(token_ids), top_logprobs) if logprobs else None,
+        logprobs=_logprobs(meta, len(token_ids), top_logprobs, piece_of) if logprobs else None,
         finish_reason=finish["type"] if finish else None,
         matched_stop=finish.get("matched") if finish else None,
         cached_tokens=meta["cached_tokens"] if finish else 0,
+        prompt_logprobs=_prompt_logprobs(meta, top_logprobs, piece_of) if prompt_logprobs else None,
     )
 
 
@@ -63,17 +75,27 @@ def _aborted(finish: Mapping[str, Any]) -> EngineOutput:
     return EngineOutput(token_ids=NO_TOKENS, finish_reason="abort")
 
 
-def _logprobs(meta: Mapping[str, Any], count: int, top_count: int) -> tuple[PositionLogprobs, ...]:
+def _logprobs(meta: Mapping[str, Any], count: int, top_count: int, piece_of: PieceOf) -> tuple[PositionLogprobs, ...]:
     """The last `count` positions' log probabilities, each with `top_count` alternatives."""
     if count == 0:
         return ()
     chosen = meta["output_token_logprobs"][-count:]
     tops: Sequence[Any] = meta["output_top_logprobs"][-count:] if top_count else [()] * count
+    return _positions(chosen, tops, piece_of)
+
+
+def _prompt_logprobs(meta: Mapping[str, Any], top_count: int, piece_of: PieceOf) -> tuple[PositionLogprobs, ...]:
+    """Of every prompt token; the first has no log probability and no alternatives."""
+    chosen = meta["input_token_logprobs"]
+    return _positions(chosen, meta["input_top_logprobs"] if top_count else [()] * len(chosen), piece_of)
+
+
+def _positions(chosen: Sequence[Any], tops: Sequence[Any], piece_of: PieceOf) -> tuple[PositionLogprobs, ...]:
+    def logprob(value: float | None, token_id: int, text: str | None) -> TokenLogprob:
+        raw = bytes_of(piece_of(token_id)) if text and LOST in text else None
+        return TokenLogprob(token_id=token_id, logprob=value, text=text, raw=raw)
+
     return tuple(
-        PositionLogprobs(chosen=_logprob(*one), top=tuple(_logprob(*other) for other in top or ()))
+        PositionLogprobs(chosen=logprob(*one), top=tuple(logprob(*other) for other in top or ()))
         for one, top in zip(chosen, tops, strict=True)
     )
-
-
-def _logprob(logprob: float, token_id: int, text: str | None) -> TokenLogprob:
-    return TokenLogprob(token_id=token_id, logprob=logprob, text=text)

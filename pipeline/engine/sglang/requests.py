@@ -4,9 +4,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+from pipeline.block_hashes import salt_of
 from pipeline.engine.protocol import EngineRequest
 from pipeline.engine.sglang.handshake import bootstrap_host
 from pipeline.errors import InvalidRequest
+from subjects.messages import EngineOptions
 
 FAKE_BOOTSTRAP_HOST: Final = "2.2.2.2"
 """SGLang's name for a peer that is not there: its side of a KV transfer succeeds at once."""
@@ -19,21 +21,27 @@ _OUR_NAMES: Final = {
     "sampling_seed": "seed",
     "context length": "max_tokens",
     "json grammar": "json_schema",
+    "routed_dp_rank": "data_parallel_rank",
+    "LoRA": "lora_path",
+    "loras": "lora_path",
 }
 """Fields that SGLang's refusals name differently."""
 
 _NAMED: Final = re.compile(
     r"max_new_tokens|min_new_tokens|sampling_seed|temperature|top_p|top_k|min_p|frequency_penalty|presence_penalty|"
     r"repetition_penalty|logit_bias|stop_token_ids|stop|json_schema|json grammar|regex|ebnf|top_logprobs|"
-    r"context length"
+    r"context length|routed_dp_rank|LoRA|loras|max_thinking_tokens"
 )
 
 
-def arguments(request: EngineRequest, defaults: Mapping[str, Any], priority_sign: int = 0) -> dict[str, Any]:
+def arguments(
+    request: EngineRequest, defaults: Mapping[str, Any], priority_sign: int = 0, *, salted: bool = True
+) -> dict[str, Any]:
     """Keyword arguments of SGLang's GenerateReqInput.
 
     `defaults` are the model's own sampling parameters (generation_config.json), used where the request leaves one open.
     `priority_sign`: 1 or, where the engine serves low values first, -1; 0: it has no priorities, and may refuse one.
+    `salted`: whether this SGLang knows a `cache_salt` (0.5.21), or only an `extra_key` (0.5.17).
     """
     output = request.output
     given = {
@@ -44,6 +52,7 @@ def arguments(request: EngineRequest, defaults: Mapping[str, Any], priority_sign
     }
     if request.dp_rank is not None:
         given["routed_dp_rank"] = request.dp_rank
+    given |= _options(request.options, salted)
     if priority_sign:
         given["priority"] = priority_sign * request.priority
     if request.room is not None and request.room.loopback:
@@ -56,10 +65,21 @@ def arguments(request: EngineRequest, defaults: Mapping[str, Any], priority_sign
     if output.logprobs:
         given |= {
             "return_logprob": True,
-            "logprob_start_len": -1,  # of the output alone
+            "logprob_start_len": 0 if output.prompt_logprobs else -1,  # -1: of the output alone
             "top_logprobs_num": output.top_logprobs,
             "return_text_in_logprobs": True,
         }
+    return given
+
+
+def _options(options: EngineOptions, salted: bool) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    if options.lora_path:
+        given["lora_path"] = options.lora_path
+    if salt := salt_of(options):
+        given["cache_salt" if salted else "extra_key"] = salt
+    if options.max_thinking_tokens is not None:
+        given["max_thinking_tokens"] = options.max_thinking_tokens
     return given
 
 

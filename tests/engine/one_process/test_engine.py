@@ -10,11 +10,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+from msgspec.structs import replace as replace_struct
 
 from pipeline.engine.protocol import EngineOutput, EngineRequest
 from pipeline.errors import InvalidRequest
 from subjects.codec import NO_TOKENS, TokenIds
-from subjects.messages import OutputOptions, SamplingOptions, StopConditions
+from subjects.messages import EngineOptions, OutputOptions, SamplingOptions, StopConditions
 
 if TYPE_CHECKING:
     from tests.engine.one_process.conftest import StartedEngine
@@ -266,3 +267,44 @@ async def test_cancelling_frees_at_every_point(sglang: StartedEngine):
     assert all(isinstance(end, asyncio.CancelledError) for end in ended)
     await until_idle(sglang)
     assert text(await sglang.run(request(sglang.tokens(FRANCE), 1))) == " Paris"
+
+
+async def test_the_prompts_logprobs_are_those_that_its_tokens_have_as_output(sglang: StartedEngine):
+    """The prompt is cached meanwhile: SGLang computes it anew for them."""
+    prompt = sglang.tokens(FRANCE)
+    given = OutputOptions(logprobs=True, top_logprobs=2)
+    written = await sglang.run(replace(request(prompt, 4, ignore_eos=True), output=given))
+    again = replace(request(prompt + tokens(written), 1), output=replace_struct(given, prompt_logprobs=True))
+    first, *others = await sglang.run(again)
+    assert not any(output.prompt_logprobs for output in others)
+    assert [position.chosen.token_id for position in first.prompt_logprobs] == again.token_ids.tolist()
+    assert first.prompt_logprobs[0].chosen.logprob is None
+    as_output = [position.chosen.logprob for output in written for position in output.logprobs]
+    as_prompt = [position.chosen.logprob for position in first.prompt_logprobs[-4:]]
+    assert as_prompt == pytest.approx(as_output, abs=0.25)
+
+
+async def test_a_cache_salt_keeps_others_from_a_prompts_kv(sglang: StartedEngine):
+    prompt = sglang.tokens("Whoever asks this has a salt of their own, and it is long enough to be worth keeping. " * 3)
+
+    async def cached(options: EngineOptions) -> int:
+        return (await sglang.run(replace(request(prompt, 2), options=options)))[-1].cached_tokens
+
+    own, others = EngineOptions(cache_salt="tenant-7"), EngineOptions(cache_salt="tenant-8")
+    assert [await cached(own), await cached(others), await cached(EngineOptions())] == [0, 0, 0]
+    assert await cached(own) == len(prompt) - 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"dp_rank": 7}, "data_parallel_rank"),
+        ({"options": EngineOptions(lora_path="poet")}, "lora_path"),
+        ({"options": EngineOptions(max_thinking_tokens=5)}, "max_thinking_tokens"),
+    ],
+)
+async def test_what_the_engine_was_not_started_for_is_refused_by_name(sglang: StartedEngine, fields, field):
+    with pytest.raises(InvalidRequest) as error:
+        await sglang.run(replace(request(sglang.tokens(FRANCE)), **fields))
+    assert error.value.field == field
+    assert await sglang.run(replace(request(sglang.tokens(FRANCE), 1), dp_rank=0)), "the one rank that is there"
