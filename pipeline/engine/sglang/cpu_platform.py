@@ -15,6 +15,7 @@ Where there is an accelerator, neither changes anything.
 import functools
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 _THREADS: Final = str(max(1, len(os.sched_getaffinity(0)) // 2))  # half the cores: there may be a second engine
@@ -76,6 +77,30 @@ def prepare() -> None:
     if "sgl_kernel" not in sys.modules:
         sys.modules.update(cpu_kernels.modules())
     _complete_torch_cpu()
+
+
+def bind_ranks(arguments: Mapping[str, Any]) -> None:
+    """Name the cores of each of an engine's ranks, where it has several and the user named none.
+
+    SGLang's own choice is one NUMA node for each, and no start where there are fewer nodes than ranks.
+    """
+    ranks = 1
+    for size in ("dp_size", "tp_size", "pp_size"):
+        ranks *= arguments.get(size) or 1
+    if ranks > 1 and not accelerator_present():
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", cores_of_ranks(ranks, sorted(os.sched_getaffinity(0))))
+
+
+def cores_of_ranks(ranks: int, cores: Sequence[int]) -> str:
+    """The cores dealt out, as SGLang takes them; ranks beyond the cores share them.
+
+    >>> cores_of_ranks(2, [0, 1, 2, 3])
+    '0,2|1,3'
+    >>> cores_of_ranks(3, [0, 1])
+    '0|1|0'
+    """
+    shares = (cores[rank::ranks] or [cores[rank % len(cores)]] for rank in range(ranks))
+    return "|".join(",".join(map(str, share)) for share in shares)
 
 
 def _complete_torch_cpu() -> None:

@@ -44,6 +44,7 @@ def launch(
     series.keep_in_memory()
     series.take_out()  # of an earlier engine here that did not start
     arguments = server_args.resolve(model_path, given)
+    cpu_platform.bind_ranks(arguments)
     if events is not None and kv_events.wanted(
         events, arguments.get("page_size") or 1, cpu_platform.accelerator_present()
     ):
