@@ -204,7 +204,9 @@ async def test_every_worker_is_a_micro_service(scene: Scene, nats_server):
         inbox = scene.bus.new_inbox()
         await scene.bus.subscribe(inbox, lambda received, heard=heard: heard.append(json.loads(received.payload)))
         await scene.bus.publish(f"$SRV.PING{suffix}", b"", reply=inbox)
-        await until(lambda heard=heard, suffix=suffix: len(heard) == (1 if suffix else 2))
+        everyone = ["sglang-decode"] if suffix else ["sglang-decode", "sglang-generate", "sglang-preprocess"]
+        await until(lambda heard=heard, everyone=everyone: len(heard) == len(everyone))
+        assert sorted(each["name"] for each in heard) == everyone
         assert about | {"type": "io.nats.micro.v1.ping_response"} in heard
     info, _ = await scene.by_hand("$SRV.INFO.sglang-decode")
     assert info["description"] == "decode worker decode-0 of model smollm2"
