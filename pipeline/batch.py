@@ -8,13 +8,14 @@ submits only the rest, and the broker recognizes what it has taken within `subje
 import asyncio
 import contextlib
 import hashlib
+import math
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeVar
+from typing import Any, BinaryIO, Final, Protocol, TypeVar
 
 import msgspec
 from rich.progress import (
@@ -79,10 +80,14 @@ class Item:
 
     request_id: str
     custom_id: str
-    chat: bool
+    url: str
     model: str
     choices: int
     body: dict[str, Any]
+
+    @property
+    def chat(self) -> bool:
+        return URLS[self.url]
 
     @property
     def answer_id(self) -> str:
@@ -114,41 +119,64 @@ def read_batch(file: Path, model: str | None) -> Batch:
         content = file.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}", field="file") from None
-    items, numbers = [], {}
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
-            continue
-        item = _item(f"{file}, line {number}", line.strip(), model)
-        if item.custom_id in numbers:
-            raise ConfigError(
-                f"{file}, line {number}: the custom_id {item.custom_id!r} is that of line {numbers[item.custom_id]}",
-                field="custom_id",
-            )
-        numbers[item.custom_id] = number
+    items = []
+    for number, item in read_lines(content, model):
+        if isinstance(item, ConfigError):
+            hint = "; give --model NAME for such lines" if item.field == "model" else ""
+            raise ConfigError(f"{file}, line {number}: {item}{hint}", field=item.field)
         items.append(item)
     if not 1 <= len(items) <= LINES_MAX:
         raise ConfigError(f"{file} has {len(items)} requests; 1 to {LINES_MAX} are taken", field="file")
     return Batch(f"batch-{hashlib.sha256(content).hexdigest()[:ID_CHARS]}", tuple(items))
 
 
-def _item(where: str, line: bytes, model: str | None) -> Item:
+def read_lines(content: bytes, model: str | None) -> Iterator[tuple[int, Item | ConfigError]]:
+    """Every line that is not empty: its number, and its request or what is wrong with it."""
+    numbers: dict[str, int] = {}
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            item = _item(line.strip(), model)
+        except ConfigError as error:
+            yield number, error
+            continue
+        first = numbers.setdefault(item.custom_id, number)
+        if first != number:
+            same = f"the custom_id {item.custom_id!r} is that of line {first}"
+            yield number, ConfigError(same, field="custom_id")
+        else:
+            yield number, item
+
+
+def _item(line: bytes, model: str | None) -> Item:
+    """Raises ConfigError."""
     try:
         parsed = msgspec.json.decode(line, type=BatchLine)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where}: {error}", field="file") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(str(error), field="file") from None
     if parsed.url not in URLS or parsed.method != "POST":
-        raise ConfigError(f"{where}: {parsed.method} {parsed.url} is not one of POST {', '.join(URLS)}", field="url")
+        raise ConfigError(f"{parsed.method} {parsed.url} is not one of POST {', '.join(URLS)}", field="url")
     named = parsed.body.get("model") or model
     if not isinstance(named, str):
-        raise ConfigError(f"{where}: the body names no model; give --model NAME for such lines", field="model")
+        raise ConfigError("the body names no model", field="model")
     return Item(
         request_id=hashlib.sha256(line).hexdigest()[:ID_CHARS],
         custom_id=parsed.custom_id,
-        chat=URLS[parsed.url],
+        url=parsed.url,
         model=named,
         choices=choices_of(parsed.body.get("n"), parsed.body.get("prompt")),
         body=parsed.body,
     )
+
+
+class Answers(Protocol):
+    """Where the answers of a run go."""
+
+    answered: set[str]
+    """The `id` of each."""
+
+    def add(self, answer: BatchAnswer) -> None: ...
 
 
 class Ledger:
@@ -219,10 +247,14 @@ class Count:
 class Run:
     """One run of a batch over one connection."""
 
-    def __init__(self, client: Client, batch: Batch, ledger: Ledger, *, deadline_s: float) -> None:
-        """`deadline_s`: how long each request may take from its submission."""
+    def __init__(
+        self, client: Client, batch: Batch, ledger: Answers, *, deadline_s: float, until_unix_s: float = math.inf
+    ) -> None:
+        """`deadline_s`: how long each request may take from its submission; `until_unix_s`: none may take longer."""
         self._client, self._items, self._ledger, self._deadline_s = client, batch.items, ledger, deadline_s
+        self._until_unix_s = until_unix_s
         self._accepted: set[str] = set()  # by the broker, of an earlier run
+        self._begun: set[str] = set()  # by this run, and without an answer
         self.count = Count(total=len(batch.items))
 
     async def recover(self) -> None:
@@ -253,14 +285,22 @@ class Run:
         """Get every missing answer, `in_flight` at a time. Raises PipelineError; what was answered is kept."""
         await _share(self._missing(), self._answer, in_flight)
 
+    async def cancel(self) -> None:
+        """Have the workers end whatever was submitted and is not answered. Nothing may run any more here."""
+        for item in self._missing():
+            if item.request_id in self._begun or item.request_id in self._accepted:
+                await self._client.cancel(item.request_id)
+
     async def submit_all(self, in_flight: int) -> None:
         """Submit every request that was not, and wait for no answer. Raises PipelineError."""
         await _share(self._missing(), self._submit, in_flight)
 
     def _missing(self) -> Iterator[Item]:
+        """The items without an answer, looked up as they are asked for."""
         return (item for item in self._items if item.answer_id not in self._ledger.answered)
 
     async def _answer(self, item: Item) -> None:
+        self._begun.add(item.request_id)
         try:
             completion = await self._patiently(self._completed, item)
         except OutputGone:
@@ -299,10 +339,11 @@ class Run:
         return completion
 
     def _deadline(self) -> float:
-        return time.time() + self._deadline_s
+        return min(time.time() + self._deadline_s, self._until_unix_s)
 
     def _settle(self, item: Item, completion: Completion) -> None:
         failure = completion.failure
+        self._begun.discard(item.request_id)
         self._ledger.add(_answer(item, completion, failure))
         self.count.done += 1
         self.count.tokens += completion.usage().completion_tokens

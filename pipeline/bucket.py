@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
-from pipeline.errors import PipelineError
-from pipeline.jetstream import LAST_CONSUMER_SEQ, NS, STATUS, Received, delivery_of, is_delivery
+from pipeline.errors import BrokerRefused, Busy, PipelineError
+from pipeline.jetstream import LAST_CONSUMER_SEQ, NS, STATUS, WRONG_LAST_SEQ, Received, delivery_of, is_delivery
 from pipeline.provision import bucket_stream
 from subjects import names
+from subjects.headers import EXPECTED_LAST_SEQ
 from subjects.streams import BucketSpec
 
 if TYPE_CHECKING:
@@ -47,6 +48,23 @@ class Bucket:
         headers = received.headers or {}
         gone = headers.get(STATUS) == "404" or _OPERATION in headers or _MARKER in headers
         return None if gone else received.payload
+
+    async def entry(self, key: str) -> tuple[bytes, int] | None:
+        """The value and its revision, None where there is none."""
+        stored = await self._bus.last(bucket_stream(self.spec.name), self._prefix + key)
+        if stored is None or not {_OPERATION, _MARKER}.isdisjoint(stored.headers or {}):
+            return None
+        return stored.payload, stored.seq
+
+    async def replace(self, key: str, value: bytes, revision: int) -> int:
+        """Store a value in the place of the one with that revision; its own. Raises Busy where another one is there."""
+        in_its_place = {EXPECTED_LAST_SEQ: str(revision)}
+        try:
+            return (await self._bus.publish_durable(self._prefix + key, value, headers=in_its_place)).seq
+        except BrokerRefused as refusal:
+            if refusal.error_number != WRONG_LAST_SEQ:
+                raise
+            raise Busy(f"{key} in {self.spec.name} was written by someone else") from None
 
     async def delete(self, key: str) -> None:
         await self._bus.publish_durable(self._prefix + key, b"", headers={_OPERATION: "DEL"})

@@ -57,16 +57,18 @@ from pipeline.jetstream import (
     answer_of,
     stored_of,
 )
+from pipeline.objects import Objects
 from pipeline.puller import Others, Puller
 from subjects import headers as header_names
 from subjects import limits, names
-from subjects.streams import OWNER_PRIORITY, BucketSpec, ConsumerSpec, StreamSpec
+from subjects.streams import OWNER_PRIORITY, BucketSpec, ConsumerSpec, ObjectBucketSpec, StreamSpec
 
 __all__ = [
     "Bucket",
     "Bus",
     "ConsumerState",
     "Delivery",
+    "Objects",
     "Puller",
     "Received",
     "Stored",
@@ -287,6 +289,10 @@ class Bus:
     def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
         """Call after each outage, once pullers and watches were told to go on and streams are provisioned."""
         self._callbacks.append(callback)
+
+    def off_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
+        """Call it no more."""
+        self._callbacks.remove(callback)
 
     def new_inbox(self) -> str:
         """A subject that only this connection listens on."""
@@ -693,23 +699,29 @@ class Bus:
         await self.ensure_bucket(spec)
         return Bucket(self, spec)
 
+    async def objects(self, spec: ObjectBucketSpec) -> Objects:
+        """An object bucket, created where it is missing. Raises ProvisionError, BusUnavailable."""
+        await self.ensure_bucket(spec)
+        return Objects(self, spec)
+
     async def read(
-        self, stream: str, subject: str, *, from_seq: int = 1, timeout_s: float = 5.0
+        self, stream: str, subject: str, *, from_seq: int = 1, timeout_s: float = 5.0, at_once: int = READ_BATCH
     ) -> AsyncIterator[StoredMessage]:
         """The messages that a stream now has on a subject, in order.
 
-        Each `READ_BATCH` messages may take `timeout_s`, outages included; then it raises BusUnavailable. In a cluster
-        any replica hands them over, and one may be behind: what the stream has is its leader's word.
+        They are asked for `at_once` at a time, which is how many are in memory. Each such batch may take `timeout_s`,
+        outages included; then it raises BusUnavailable. In a cluster any replica hands them over, and one may be
+        behind: what the stream has is its leader's word.
         """
         end, deadline_s = None, time.monotonic() + timeout_s
         while True:
-            read = functools.partial(self._read_batch, stream, subject, from_seq)
+            read = functools.partial(self._read_batch, stream, subject, from_seq, at_once)
             batch = await self._retried(read, timeout_s, f"stream {stream} could not be read", _may_pass)
             for message in batch:
                 yield message
             if batch:
                 from_seq, deadline_s = batch[-1].seq + 1, time.monotonic() + timeout_s
-            if len(batch) == READ_BATCH:
+            if len(batch) == at_once:
                 continue
             last = await self._ask_leader(stream, {"last_by_subj": subject}, timeout_s)
             last_seq = last.seq if last else 0
@@ -765,8 +777,10 @@ class Bus:
             return None
         return StoredMessage(headers["Nats-Subject"], received.payload, headers, int(headers["Nats-Sequence"]))
 
-    async def _read_batch(self, stream: str, subject: str, from_seq: int, timeout_s: float) -> list[StoredMessage]:
-        """Up to `READ_BATCH` messages by one Direct Get (NATS ADR-31); an empty status message ends them."""
+    async def _read_batch(
+        self, stream: str, subject: str, from_seq: int, at_once: int, timeout_s: float
+    ) -> list[StoredMessage]:
+        """Up to so many messages by one Direct Get (NATS ADR-31); an empty status message ends them."""
         found: list[StoredMessage] = []
         end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -781,7 +795,7 @@ class Bus:
 
         subscription = await self.subscribe(self.new_inbox(), hear)
         try:
-            request = msgspec.json.encode({"seq": from_seq, "next_by_subj": subject, "batch": READ_BATCH})
+            request = msgspec.json.encode({"seq": from_seq, "next_by_subj": subject, "batch": at_once})
             await self.publish(f"{names.JS_API}.DIRECT.GET.{stream}", request, reply=subscription.subject)
             async with asyncio.timeout(timeout_s):
                 status = await end
@@ -799,7 +813,7 @@ class Bus:
         self,
         streams: Sequence[StreamSpec],
         consumers: Sequence[ConsumerSpec],
-        buckets: Sequence[BucketSpec],
+        buckets: Sequence[BucketSpec | ObjectBucketSpec],
         *,
         replicas: int = 1,
     ) -> None:
@@ -819,7 +833,7 @@ class Bus:
         await provision.provision_stream(self, config)
         self._declared[config["name"]] = config
 
-    async def ensure_bucket(self, spec: BucketSpec) -> None:
+    async def ensure_bucket(self, spec: BucketSpec | ObjectBucketSpec) -> None:
         await self._ensure_stream(provision.bucket_config(spec, self._replicas))
 
     async def ensure_consumer(self, spec: ConsumerSpec) -> None:

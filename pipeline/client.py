@@ -92,6 +92,14 @@ class Client:
             self._subscription = await self._bus.subscribe(names.RESPONSES.any(client=self.name), self._hear)
         self._bus.on_reconnect(self._look_again)
 
+    async def stop(self) -> None:
+        """Listen no more: for a name that is done with before its connection is."""
+        if self._subscription is not None:
+            await self._subscription.unsubscribe()
+        if self._reader is not None:
+            await self._reader.unsubscribe()
+        self._bus.off_reconnect(self._look_again)
+
     async def submit(self, *, model: str, traceparent: str | None = None, **fields: Any) -> Submitted:
         """Publish one request and leave: its answer can be read within the log's time with `resume`.
 
@@ -290,9 +298,10 @@ class Client:
             )
         return self._reader.subject
 
-    async def stored(self) -> AsyncIterator[Frame]:
-        """Every frame that the log has for this client, in the order in which they were stored."""
-        async for stored in self._bus.read(streams.RESPONSES.name, names.RESPONSES.any(client=self.name)):
+    async def stored(self, request_id: str | None = None) -> AsyncIterator[Frame]:
+        """Every frame that the log has for this client, or for one request, in the order in which they were stored."""
+        which = names.RESPONSES.any(client=self.name, **({"request_id": request_id} if request_id else {}))
+        async for stored in self._bus.read(streams.RESPONSES.name, which):
             yield decode(Frame, stored.payload)
 
     async def held(self, *, messages_max: int = SCANNED_MAX, bytes_max: int = BYTES_MAX) -> set[str] | None:

@@ -101,6 +101,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """The deadline of a request that names none."""
     keep_alive_s: Annotated[float, msgspec.Meta(ge=0.05, le=600)] = 10.0
     """A stream that has nothing to say for so long sends a comment, lest something on the way close it."""
+    batches_max: Annotated[int, msgspec.Meta(ge=0, le=64)] = 2  # that this gateway works on at once; 0: none
+    batch_in_flight: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 128  # requests of one batch at once
     cors_origins: tuple[str, ...] = ()  # whose pages may ask; "*": any
 
 

@@ -9,7 +9,10 @@
     │   ├── PromptTooLong       400  more prompt tokens than the model's context
     │   ├── DeadlineExceeded    504  the deadline passed before the answer was whole
     │   ├── Cancelled           499  by the client or an operator
+    │   ├── NotFound            404  a client has no such file, batch or response, or no longer
     │   ├── OutputGone          410  frames that are asked for are no longer kept
+    │   ├── ObjectNotFound      404  an object bucket has nothing under a name
+    │   ├── ObjectDamaged       500  what an object bucket has under a name is not what was put there
     │   ├── NotPermitted        403  the broker does not let this connection use the subject
     │   ├── NotSupported        501  this worker or its engine cannot do what an operator asks for
     │   ├── EngineFailed        500  the engine gave up on this request
@@ -102,8 +105,20 @@ class Cancelled(Permanent):
     code, status = "cancelled", 499
 
 
+class NotFound(Permanent):
+    code, status = "not_found", 404
+
+
 class OutputGone(Permanent):
     code, status = "output_gone", 410
+
+
+class ObjectNotFound(Permanent):
+    code, status = "object_not_found", 404
+
+
+class ObjectDamaged(Permanent):
+    code, status = "object_damaged", 500
 
 
 class NotPermitted(Permanent):

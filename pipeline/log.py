@@ -41,6 +41,10 @@ KEYS: Final = frozenset(
 
 
 _NUMBERS: Final = {name.lower(): number for name, number in logging.getLevelNamesMapping().items()}
+# Without the values of locals: those are prompts and answers.
+_TRACEBACKS: Final = structlog.processors.ExceptionRenderer(
+    structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+)
 _floor: dict[str, int] = {"level": logging.INFO}
 
 
@@ -53,7 +57,7 @@ def configure(level: Level = "info") -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *([] if person else [structlog.processors.dict_tracebacks]),
+            *([] if person else [_TRACEBACKS]),
             structlog.dev.ConsoleRenderer() if person else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 from pipeline.errors import BrokerRefused, NoResponders, ProvisionError
 from pipeline.jetstream import CONSUMER_DIFFERS, JETSTREAM_OFF, NO_SPACE, NS, STREAM_DIFFERS, STREAM_NOT_FOUND
 from subjects import names
-from subjects.streams import BucketSpec, ConsumerSpec, StreamSpec
+from subjects.limits import PAYLOAD_BYTES_MAX
+from subjects.streams import BucketSpec, ConsumerSpec, ObjectBucketSpec, StreamSpec
 
 if TYPE_CHECKING:
     from pipeline.bus import Bus
@@ -60,8 +61,30 @@ def consumer_config(spec: ConsumerSpec) -> dict[str, Any]:
     return config
 
 
-def bucket_config(spec: BucketSpec, replicas: int) -> dict[str, Any]:
-    """A key-value bucket as the stream it is (NATS ADR-8); a key's end by age is announced to watchers."""
+def bucket_config(spec: BucketSpec | ObjectBucketSpec, replicas: int) -> dict[str, Any]:
+    """A bucket as the stream it is."""
+    return _object_config(spec, replicas) if isinstance(spec, ObjectBucketSpec) else _values_config(spec, replicas)
+
+
+def _object_config(spec: ObjectBucketSpec, replicas: int) -> dict[str, Any]:
+    """See NATS ADR-20."""
+    return {
+        "name": object_stream(spec.name),
+        "description": spec.about,
+        "subjects": [f"{names.OBJECTS}.{spec.name}.C.>", f"{names.OBJECTS}.{spec.name}.M.>"],
+        "storage": spec.storage,
+        "discard": "new",
+        "max_bytes": spec.max_bytes,
+        "max_age": int(spec.ttl_s * NS),
+        "max_msg_size": PAYLOAD_BYTES_MAX,
+        "allow_rollup_hdrs": True,
+        "allow_direct": True,
+        "num_replicas": replicas,
+    }
+
+
+def _values_config(spec: BucketSpec, replicas: int) -> dict[str, Any]:
+    """A key-value bucket (NATS ADR-8); a key's end by age is announced to watchers."""
     config: dict[str, Any] = {
         "name": bucket_stream(spec.name),
         "description": spec.about,
@@ -83,6 +106,10 @@ def bucket_config(spec: BucketSpec, replicas: int) -> dict[str, Any]:
 
 def bucket_stream(bucket: str) -> str:
     return f"KV_{bucket}"
+
+
+def object_stream(bucket: str) -> str:
+    return f"OBJ_{bucket}"
 
 
 def differences(wanted: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:

@@ -29,7 +29,8 @@ MessagePack and numbers in JSON."""
 
 def render() -> str:
     """The whole page as Markdown."""
-    sections = (_HEAD, _subjects(), _streams(), _consumers(), _buckets(), _headers(), _limits(), _messages())
+    buckets = (_buckets(), _object_buckets())
+    sections = (_HEAD, _subjects(), _streams(), _consumers(), *buckets, _headers(), _limits(), _messages())
     return "\n\n".join(sections) + "\n"
 
 
@@ -90,8 +91,25 @@ def _buckets() -> str:
     rows = [
         (f"`{bucket.name}`", bucket.storage, f"{bucket.ttl_s:g} s" if bucket.ttl_s else "for ever", bucket.about)
         for bucket in streams.BUCKETS
+        if isinstance(bucket, streams.BucketSpec)
     ]
     return "## Key-value buckets\n\n" + _table(("Bucket", "Storage", "Values live", "What for"), rows)
+
+
+def _object_buckets() -> str:
+    rows = [
+        (
+            f"`{bucket.name}`",
+            bucket.storage,
+            f"{bucket.ttl_s:g} s",
+            f"{_bytes(bucket.max_bytes)}, {_bytes(bucket.object_bytes_max)} an object",
+            bucket.about,
+        )
+        for bucket in streams.BUCKETS
+        if isinstance(bucket, streams.ObjectBucketSpec)
+    ]
+    heads = ("Bucket", "Storage", "Objects live", "Limits", "What for")
+    return "## Object buckets\n\nAs `nats object` and every client has them.\n\n" + _table(heads, rows)
 
 
 def _headers() -> str:

@@ -51,6 +51,9 @@ EXPECTED_LAST_SEQ: Final = "Nats-Expected-Last-Subject-Sequence"
 EXPECTED_LAST_SUBJECT: Final = "Nats-Expected-Last-Subject-Sequence-Subject"
 """JetStream refuses the message unless the last one on this subject has that sequence number (0: there is none)."""
 
+ROLLUP: Final = "Nats-Rollup"
+"""`sub`: the message takes the place of all earlier ones on its subject."""
+
 ALL: Final[dict[str, str]] = {
     CLIENT: "client -> preprocess: names the response subject's client part; default `anonymous`",
     DEADLINE: "client -> preprocess: absolute deadline, seconds since the Unix epoch; past it the request is answered "
@@ -74,6 +77,8 @@ ALL: Final[dict[str, str]] = {
     "a request at the front door: its sentence, as micro services give it (ADR-32)",
     SERVICE_ERROR_CODE: "on the same answer: the error's HTTP-like status",
     REPLY_COUNTER: "on the first answer of the front door to a request that is not streamed: how many there will be",
-    EXPECTED_LAST_SEQ: "terminal frames: the sequence number of their sender's word as an owner; 0: the first one",
+    EXPECTED_LAST_SEQ: "terminal frames: the sequence number of their sender's word as an owner; 0: the first one. "
+    "Object buckets: the description that a new one replaces",
     EXPECTED_LAST_SUBJECT: "terminal frames: where the request's owners write themselves down",
+    ROLLUP: "object buckets: an object's description takes the place of the one before",
 }

@@ -37,6 +37,11 @@ PRIORITY_MAX: Final = 1_000
 SEED_MIN: Final = -(2**63)
 SEED_MAX: Final = 2**63 - 1
 
+TOKENIZER_FILE_BYTES_MAX: Final = 64 * 1024 * 1024
+"""One file of a tokenizer, as a worker offers it to preprocess workers."""
+TOKENIZER_BYTES_MAX: Final = 128 * 1024 * 1024
+"""All files of one tokenizer."""
+
 LEASE_S: Final = 6.0
 """A task's owner must be heard of within this time, else the task goes to another worker."""
 LEASE_RENEW_S: Final = 2.0
@@ -61,3 +66,25 @@ CANCELS_KEPT_S: Final = 600.0
 KV_EVENTS_KEPT_S: Final = 600.0
 DEDUPE_S: Final = 600.0
 """JetStream's duplicate window: a terminal frame repeated within it is recognized."""
+
+FILE_BYTES_MAX: Final = 100 * 1024 * 1024
+"""A file that a client uploads to a gateway."""
+BATCH_OUTPUT_BYTES_MAX: Final = 512 * 1024 * 1024
+"""All answers of a batch."""
+FILES_MAX: Final = 1_000
+"""Of one client."""
+FILES_KEPT_S: Final = 30 * 86_400.0
+FILE_KEPT_S_MIN: Final = 3_600.0
+"""The earliest that a client may have a file expire."""
+BATCH_LINES_MAX: Final = 50_000
+"""OpenAI's own limit."""
+BATCH_S_MAX: Final = 86_400.0
+"""The longest completion window of a batch."""
+BATCHES_KEPT_S: Final = 30 * 86_400.0
+BATCH_TAKES_MAX: Final = 1_000
+"""A batch that was taken up so often by gateways, without an end, is given up."""
+METADATA_MAX: Final = 16
+METADATA_KEY_CHARS_MAX: Final = 64
+METADATA_VALUE_CHARS_MAX: Final = 512
+STORED_RESPONSES_KEPT_S: Final = 86_400.0
+"""A response of /v1/responses can be retrieved, and gone on from, for so long."""

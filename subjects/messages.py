@@ -527,3 +527,73 @@ class DeadLetter(Message, frozen=True, kw_only=True):
     request_id: str | None = None
     headers: dict[str, str] = {}
     died_unix_s: float = 0.0
+
+
+# --- gateways' buckets --------------------------------------------------------------------------------
+
+BatchStatus = Literal[
+    "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
+]
+"""OpenAI's words."""
+
+
+class BatchAnswers(Message, frozen=True, kw_only=True):
+    """So many objects of answers an owner of the batch has put, numbered from 0."""
+
+    owner: str
+    parts: int
+
+
+class BatchLineError(Message, frozen=True, kw_only=True):
+    """Why a batch was refused."""
+
+    code: str
+    message: str
+    line: int | None = None  # of the input file, from 1
+    param: str | None = None
+
+
+class BatchState(Message, frozen=True, kw_only=True):
+    """A batch of /v1/batches, its value in a KV bucket. Times are seconds since the Unix epoch, 0: not yet.
+
+    Only its owner writes it, but for a cancellation; each write names the revision that it replaces.
+    """
+
+    batch_id: str
+    client: str
+    endpoint: str
+    input_file_id: str
+    completion_window: str
+    created_unix_s: float
+    expires_unix_s: float
+    metadata: dict[str, str] | None = None
+    status: BatchStatus = "validating"
+    owner: str = ""  # `<worker>-<incarnation>` of the gateway that works on it
+    taken: int = 0  # how often a gateway took it up
+    renewals: int = 0  # of the owner's lease
+    answers: tuple[BatchAnswers, ...] = ()
+    total: int = 0  # requests
+    completed: int = 0
+    failed: int = 0
+    errors: tuple[BatchLineError, ...] = ()
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    in_progress_unix_s: float = 0.0
+    finalizing_unix_s: float = 0.0
+    completed_unix_s: float = 0.0
+    failed_unix_s: float = 0.0
+    expired_unix_s: float = 0.0
+    cancelling_unix_s: float = 0.0
+    cancelled_unix_s: float = 0.0
+
+
+class StoredResponse(Message, frozen=True, kw_only=True):
+    """A response of /v1/responses, its value in a KV bucket: first what was asked, at its end the answer too."""
+
+    request_id: str
+    model: str
+    created_unix_s: float
+    deadline_unix_s: float
+    settings: dict[str, Any] = {}  # the fields of the request that the answer repeats
+    messages: tuple[dict[str, Any], ...] = ()  # the conversation so far, without instructions
+    body: dict[str, Any] | None = None  # the answer in OpenAI's form, when it is whole

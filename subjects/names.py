@@ -295,6 +295,8 @@ SRV: Final = "$SRV"
 """`.<PING|INFO|STATS>[.<name>[.<id>]]`: how micro services are found (NATS ADR-32); every worker answers."""
 JS_ACK: Final = "$JS.ACK"
 KV: Final = "$KV"
+OBJECTS: Final = "$O"
+"""`.<bucket>.C.<nuid>`: the chunks of an object; `.<bucket>.M.<name in base64url>`: what it is (NATS ADR-20)."""
 
 
 def decode_tasks(priority: int) -> Subject:
@@ -318,3 +320,12 @@ def card_key(role: str, model: str | None, worker: str) -> str:
     'decode.smollm2.w1'
     """
     return f"{token(role)}.{token(model or '_')}.{token(worker)}"
+
+
+def owned_key(client: str, name: str) -> str:
+    """The key of what belongs to a client, in the buckets of batches and of stored responses.
+
+    >>> owned_key("http", "batch_1f")
+    'http.batch_1f'
+    """
+    return f"{token(client)}.{token(name)}"

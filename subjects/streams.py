@@ -52,6 +52,19 @@ class BucketSpec:
     max_bytes: int = 64 * MIB
 
 
+@dataclass(frozen=True)
+class ObjectBucketSpec:
+    """An object bucket (NATS ADR-20): content of any size in chunks, under names."""
+
+    name: str
+    about: str
+    storage: Literal["file", "memory"]
+    ttl_s: float
+    """Above 0: what a killed process left of an object that it did not finish goes with it."""
+    max_bytes: int
+    object_bytes_max: int
+
+
 REQUESTS: Final = StreamSpec(
     name="REQUESTS",
     subjects=(names.REQUESTS.any(),),
@@ -157,7 +170,39 @@ ROUTES: Final = BucketSpec(
     storage="memory",
     ttl_s=30,
 )
-BUCKETS: Final = (CARDS, ROUTES)
+TOKENIZERS: Final = ObjectBucketSpec(
+    name="SGLANG_TOKENIZERS",
+    about="Tokenizer files and chat templates, each under its SHA-256; model cards name them, and who serves a model "
+    "puts its files again before they expire.",
+    storage="file",
+    ttl_s=86_400,
+    max_bytes=512 * MIB,
+    object_bytes_max=limits.TOKENIZER_FILE_BYTES_MAX,
+)
+FILES: Final = ObjectBucketSpec(
+    name="SGLANG_FILES",
+    about="Clients' files at the gateways, `<client>/<file id>`, and the answers of running batches, "
+    "`~answers/<batch id>/<owner>/<number>`.",
+    storage="file",
+    ttl_s=limits.FILES_KEPT_S,
+    max_bytes=2048 * MIB,
+    object_bytes_max=limits.BATCH_OUTPUT_BYTES_MAX,
+)
+BATCHES: Final = BucketSpec(
+    name="SGLANG_BATCHES",
+    about="Batches of the gateways, key `<client>.<batch id>`; the gateway that works on one writes it every "
+    f"{limits.LEASE_RENEW_S:g} s, and one that is not written for {limits.LEASE_S:g} s is taken over.",
+    storage="file",
+    ttl_s=limits.BATCHES_KEPT_S,
+)
+ANSWERS: Final = BucketSpec(
+    name="SGLANG_ANSWERS",
+    about="What /v1/responses keeps to be retrieved and gone on from, key `<client>.<request id>`.",
+    storage="file",
+    ttl_s=limits.STORED_RESPONSES_KEPT_S,
+    max_bytes=512 * MIB,
+)
+BUCKETS: Final[tuple[BucketSpec | ObjectBucketSpec, ...]] = (CARDS, ROUTES, TOKENIZERS, FILES, BATCHES, ANSWERS)
 
 PREPROCESS: Final = ConsumerSpec(name="preprocess", stream=REQUESTS.name, filter_subject=None)
 CONSUMERS: Final = (PREPROCESS,)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from pipeline.bus import Bus
 from pipeline.client import check_token
@@ -73,7 +73,7 @@ class Gateway:
         visit.model, visit.request_id = cursor.model or None, request_id
         account.begin()
         exchange = Exchange(frames, lambda _: account.end())
-        return await _ended_on_error(exchange, self._streamed(request, exchange, request_id, cursor))
+        return await ended_on_error(exchange, self._streamed(request, exchange, request_id, cursor))
 
     async def models(self, request: Request) -> Response:
         await self._account(request)
@@ -122,14 +122,15 @@ class Gateway:
         visit = visits.current()
         visit.model, visit.request_id = asked.model, asked.request_id
         account.begin()
-        exchange = self._begun(account, asked, request.headers.get("traceparent"))
+        exchange = self.begun(account, asked, request.headers.get("traceparent"))
         if asked.stream:
             answer = self._streamed(request, exchange, asked.request_id, asked.cursor())
         else:
             answer = _whole(request, exchange, asked)
-        return await _ended_on_error(exchange, answer)
+        return await ended_on_error(exchange, answer)
 
-    def _begun(self, account: Account, asked: Asked, traceparent: str | None) -> Exchange:
+    def begun(self, account: Account, asked: Asked, traceparent: str | None) -> Exchange:
+        """A request on its way, counted in by the account: whatever ends the exchange early cancels it."""
         client = account.client
         frames = client.run(
             asked.model,
@@ -155,7 +156,7 @@ class Gateway:
         return EventStream(exchange, events(exchange, chunks, begun, frames, patience_s), headers)
 
 
-async def _ended_on_error(exchange: Exchange, answer: Awaitable[Response]) -> Response:
+async def ended_on_error(exchange: Exchange, answer: Awaitable[Response]) -> Response:
     """The answer. Where there is none, nothing of its request goes on; a stream ends its exchange itself."""
     try:
         response = await answer
@@ -214,12 +215,12 @@ async def _on_leave(_: Request, error: Exception) -> Response:
     return Response(status_code=CLIENT_GONE)
 
 
-def make_app(gateway: Gateway, cors_origins: tuple[str, ...]) -> Starlette:
-    """The application. No page of another origin may ask, but those of `cors_origins`."""
+def make_app(gateway: Gateway, cors_origins: tuple[str, ...], more: Sequence[BaseRoute] = ()) -> Starlette:
+    """The application, with `more` routes. No page of another origin may ask, but those of `cors_origins`."""
     cors = Middleware(
         CORSMiddleware,
         allow_origins=cors_origins,
-        allow_methods=["GET", "POST"],
+        allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["Authorization", "Content-Type", "Last-Event-ID", "traceparent"],
         expose_headers=[REQUEST_ID, "Retry-After"],
     )
@@ -233,6 +234,7 @@ def make_app(gateway: Gateway, cors_origins: tuple[str, ...]) -> Starlette:
             Route("/v1/streams/{request_id}", gateway.stream),
             Route("/health", gateway.live),
             Route("/ready", gateway.ready),
+            *more,
         ],
         middleware=[cors] if cors_origins else [],
         exception_handlers={

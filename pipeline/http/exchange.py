@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import structlog
 from starlette.requests import ClientDisconnect, Request
@@ -12,14 +12,24 @@ from starlette.types import Receive, Scope, Send
 
 from pipeline.errors import PipelineError
 from pipeline.http import visits
-from pipeline.http.chunks import KEEP_ALIVE, Chunks
-from subjects.messages import Frame
+from pipeline.http.chunks import KEEP_ALIVE
+from subjects.messages import Failure, Frame
 
 CLIENT_GONE: Final = "client_gone"
 """In the log, in place of an error's code: the client left before the end, or the gateway was stopped."""
 
 T = TypeVar("T")
 log = structlog.get_logger()
+
+
+class Teller(Protocol):
+    """Turns frames into server-sent events."""
+
+    def event(self, frame: Frame) -> bytes: ...
+
+    def end(self) -> bytes: ...
+
+    def failed(self, failure: Failure) -> bytes: ...
 
 
 class Exchange:
@@ -90,7 +100,7 @@ async def first_frames(exchange: Exchange, patience_s: float) -> list[Frame] | N
 
 
 async def events(
-    exchange: Exchange, chunks: Chunks, begun: bytes, frames: list[Frame] | None, patience_s: float
+    exchange: Exchange, chunks: Teller, begun: bytes, frames: list[Frame] | None, patience_s: float
 ) -> AsyncIterator[bytes]:
     """A stream from its first event to `[DONE]` or an error; `frames` have come already, `begun` is their event."""
     yield begun or KEEP_ALIVE

@@ -128,8 +128,8 @@ async def test_a_replica_that_is_behind_is_asked_again(queue, monkeypatch):
     await store(queue, 5, "a")
     read_batch = queue._read_batch
 
-    async def behind(stream: str, subject: str, from_seq: int, timeout_s: float):
-        batch = await read_batch(stream, subject, from_seq, timeout_s)
+    async def behind(stream: str, subject: str, from_seq: int, at_once: int, timeout_s: float):
+        batch = await read_batch(stream, subject, from_seq, at_once, timeout_s)
         return batch[:2] if from_seq == 1 else batch
 
     monkeypatch.setattr(queue, "_read_batch", behind)
