@@ -95,7 +95,8 @@ class Item:
         return f"batch_req_{self.request_id}"
 
     def completion(self) -> Completion:
-        return Completion(self.request_id, self.model, self.chat, self.choices)
+        prompts = choices_of(1, self.body.get("prompt"))
+        return Completion(self.request_id, self.model, self.chat, self.choices, prompts)
 
     def payload(self, deadline_unix_s: float) -> bytes:
         """The request as it is published: the body as it came, so that preprocess checks it, answered whole."""
