@@ -5,6 +5,7 @@
     │   ├── InvalidRequest      400  a field is malformed, unknown or out of its limits
     │   ├── Unauthorized        401  no API key, or one that nobody has
     │   ├── UnknownModel        404  no such model here
+    │   ├── ModelUnavailable    503  a served model's tokenizer cannot be had here, now
     │   ├── PayloadTooLarge     413  more bytes than a subject carries
     │   ├── PromptTooLong       400  more prompt tokens than the model's context
     │   ├── DeadlineExceeded    504  the deadline passed before the answer was whole
@@ -87,6 +88,10 @@ class Unauthorized(Permanent):
 
 class UnknownModel(Permanent):
     code, status = "unknown_model", 404
+
+
+class ModelUnavailable(Permanent):
+    code, status = "model_unavailable", 503
 
 
 class PayloadTooLarge(Permanent):

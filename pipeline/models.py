@@ -55,6 +55,17 @@ def prepare_model(path: str, progress: Progress = no_progress) -> Path:
     return Path(path)
 
 
+def lies_here(path: str) -> bool:
+    """Whether a model's files are on this machine, or in a package on it: a hub's name is nowhere."""
+    if path != BUILTIN_MODEL:
+        return path.startswith("builtin:") or Path(path).exists()  # an unknown built-in one: an error that says so
+    try:
+        importlib.metadata.distribution(_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def cache_folder() -> Path:
     """`$SGLANG_NATS_CACHE`, else ~/.cache/sglang-nats."""
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "sglang-nats")

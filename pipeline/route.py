@@ -7,6 +7,7 @@ from typing import Any, Final
 import msgspec
 
 from pipeline.block_hashes import salt_of
+from pipeline.bus import Bus
 from pipeline.config import RoutingSettings
 from pipeline.look import HEARD_S, looking, only_model
 from pipeline.openai import parse_request
@@ -17,6 +18,7 @@ from pipeline.request_options import engine_options
 from pipeline.routing import Ranking
 from pipeline.screen import err, out, table
 from pipeline.served import ServedModels
+from pipeline.tokenizer_files import TokenizerCache
 from subjects import names
 from subjects.messages import Role
 
@@ -32,7 +34,7 @@ async def explain(
         placements = Placements(bus, presence, settings, role)
         with err.status("listening for heartbeats"):
             await asyncio.sleep(HEARD_S)
-        ranking, behind = await _ranking(presence, placements, fields, model, session)
+        ranking, behind = await _ranking(bus, presence, placements, fields, model, session)
         await placements.close()
     show(ranking, session)
     for rank in behind:
@@ -41,7 +43,12 @@ async def explain(
 
 
 async def _ranking(
-    presence: Presence, placements: Placements, fields: dict[str, Any], model: str | None, session: str | None
+    bus: Bus,
+    presence: Presence,
+    placements: Placements,
+    fields: dict[str, Any],
+    model: str | None,
+    session: str | None,
 ) -> tuple[Ranking, list[RankId]]:
     """The ranking, and the ranks that are not known well enough for it to be sure."""
     named = model or fields.get("model") or only_model(presence)
@@ -53,7 +60,7 @@ async def _ranking(
         accepted_unix_s=time.time(),
         now_unix_s=time.time(),
     ).request
-    served = await ServedModels(presence, {}).ready(named, time.time() + READY_S_MAX)
+    served = await ServedModels(presence, {}, TokenizerCache(bus)).ready(named, time.time() + READY_S_MAX)
     salt = salt_of(engine_options(request, names.token(named)))
     placement = await placements.of(named)
     with err.status("reading which worker has which blocks"):

@@ -31,6 +31,7 @@ from pipeline.probes import Probes
 from pipeline.responses import StreamLog
 from pipeline.runner import Runner
 from pipeline.stage import Stage
+from pipeline.tokenizer_files import OfferedTokenizer
 from subjects import names, streams
 from subjects.codec import encode
 from subjects.limits import HEARTBEAT_S
@@ -166,6 +167,7 @@ class Worker:
         """Register the model: from now on its requests come here."""
         assert self.info is not None, "the engine is started first"
         info = self.info
+        tokenizer_files = await self._offer_tokenizer(info)
         card = ModelCard(
             worker=self.name,
             role=self.settings.role,  # type: ignore[arg-type]
@@ -186,9 +188,20 @@ class Worker:
             tool_call_parser=info.tool_call_parser,
             embedding=info.embedding,
             served_name=self.settings.model if self.settings.model != self.model else None,
+            tokenizer_files=tokenizer_files,
             started_unix_s=time.time(),
         )
         await self._announcer.publish_card(card)
+
+    async def _offer_tokenizer(self, info: EngineInfo) -> dict[str, str]:
+        """Put the model's tokenizer files where preprocess workers get them, and keep them there; for the card."""
+        path = info.tokenizer_path or self.settings.model_path
+        if path is None:
+            return {}
+        tokenizer = OfferedTokenizer(self.bus, path, info.tokenizer_revision)
+        await tokenizer.offer()
+        self._tasks.append(asyncio.create_task(tokenizer.keep(), name="tokenizer"))
+        return tokenizer.files
 
     async def run(
         self, stage: Stage[Any], consumers: Sequence[ConsumerSpec], *, slots: int, others: Others | None = None

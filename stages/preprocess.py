@@ -16,6 +16,7 @@ from pipeline.placement import Placements, Places
 from pipeline.request_options import session_of
 from pipeline.served import EMBEDS, GENERATES, ServedModels
 from pipeline.stage import Emit, Task, emit_frame, emit_work, stage
+from pipeline.tokenizer_files import TokenizerCache
 from pipeline.worker import Worker
 from subjects import names, streams
 from subjects.codec import TokenIds
@@ -38,8 +39,8 @@ class Models(Protocol):
         """The model, once a worker of the role that serves it has registered.
 
         Raises UnknownModel for a name that was neither declared nor registered, InvalidRequest for one that only
-        workers of another role serve, and DeadlineExceeded where no worker of a known model is there by
-        `until_unix_s`.
+        workers of another role serve, DeadlineExceeded where no worker of a known model is there by `until_unix_s`,
+        and ModelUnavailable where its tokenizer cannot be had.
         """
         ...
 
@@ -165,7 +166,7 @@ async def serve(worker: Worker) -> None:
 
     Beside that it is a front door for who asks without HTTP.
     """
-    models = ServedModels(worker.presence, worker.settings.models)
+    models = ServedModels(worker.presence, worker.settings.models, TokenizerCache(worker.bus))
     await models.load_declared()
     slots = worker.settings.slots or SLOTS_DEFAULT
     places = Placements(worker.bus, worker.presence, worker.settings.routing)

@@ -464,6 +464,7 @@ class ModelCard(Message, frozen=True, kw_only=True):
     chat_template: str | None = None  # overrides the tokenizer's own
     embedding: Embedding | None = None  # of an embedding worker
     served_name: str | None = None  # as the operator gave it, where that is no subject token: `Qwen/Qwen3-0.6B`
+    tokenizer_files: dict[str, str] = {}  # file name to SHA-256 in hex, its name in the bucket SGLANG_TOKENIZERS
     started_unix_s: float = 0.0
 
 

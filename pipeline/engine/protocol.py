@@ -102,6 +102,8 @@ class EngineInfo:
     reasoning_parser: str | None = None
     tool_call_parser: str | None = None
     embedding: Embedding | None = None  # of an engine that embeds, and then generates nothing
+    tokenizer_path: str | None = None  # the folder or hub name that its tokenizer is of; None: the settings' model path
+    tokenizer_revision: str | None = None  # at the hub
 
 
 @dataclass(frozen=True, kw_only=True)

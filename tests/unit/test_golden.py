@@ -254,6 +254,7 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             chat_template="{{ messages }}",
             embedding=EMBEDDING,
             served_name="meta/decode.1",
+            tokenizer_files={"tokenizer.json": "ab" * 32},
             started_unix_s=1789999000.0,
         ),
         LOAD,

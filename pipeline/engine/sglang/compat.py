@@ -152,6 +152,8 @@ SYMBOLS: Final = (
         "ServerArgs",
         (
             "model_path",
+            "tokenizer_path",
+            "revision",
             "incremental_streaming_output",
             "enable_memory_saver",
             "enable_weights_cpu_backup",

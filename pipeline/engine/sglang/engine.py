@@ -401,6 +401,8 @@ class SglangEngine:
             reasoning_parser=state["reasoning_parser"],
             tool_call_parser=state["tool_call_parser"],
             embedding=self._embedding() if self._embeds else None,
+            tokenizer_path=state["tokenizer_path"],
+            tokenizer_revision=state["revision"],
         )
 
     def _embedding(self) -> Embedding:
