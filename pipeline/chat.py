@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import jinja2
@@ -21,6 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from pipeline.chat_options import template_calls, template_tools, template_words
 from pipeline.errors import EngineStartError, InvalidRequest
 from pipeline.request_options import prompts_of
 from subjects.codec import TokenIds
@@ -54,6 +56,7 @@ _CLASSES_THAT_ADD_BOS: Final = frozenset(
         "CohereTokenizerFast",
     }
 )
+NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 _MEDIA_WORDS: Final = ("image", "audio", "video", "vision")
 _TEMPLATES_KEPT: Final = 32
 _REASON_CHARS_MAX: Final = 300
@@ -124,27 +127,51 @@ class ChatTemplate:
         self._template = _ENVIRONMENT.from_string(source)
         self._takes_parts = any(word in source for word in _MEDIA_WORDS) or _loops_over_content(source)
 
-    def render(self, messages: Sequence[ChatMessage], special_tokens: Mapping[str, str]) -> str:
-        """The prompt, up to where the assistant begins to speak. Raises what a template may raise."""
-        return self._template.render(
-            messages=[self._plain(message) for message in messages],
-            tools=None,
-            documents=None,
-            add_generation_prompt=True,
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        special_tokens: Mapping[str, str],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        words: Mapping[str, Any] = NOTHING,
+    ) -> str:
+        """The prompt, up to where the assistant begins to speak. Raises what a template may raise.
+
+        `tools` as OpenAI's API has them; a template that wants the functions alone gets those at its first complaint.
+        `words`: what else it is told.
+        """
+        given = {
             **special_tokens,
-        )
+            **words,
+            "messages": [self._plain(message) for message in messages],
+            "documents": None,
+            "add_generation_prompt": True,
+        }
+        if tools is None:
+            return self._template.render(given, tools=None)
+        try:
+            return self._template.render(given, tools=tools)
+        except _TEMPLATE_REFUSALS:
+            return self._template.render(given, tools=[tool["function"] for tool in tools])
 
     def _plain(self, message: ChatMessage) -> dict[str, Any]:
         """A message as templates take it: text parts as a list, or joined by spaces as SGLang does."""
         content: Any = message.content
-        if not isinstance(content, str):
-            if self._takes_parts:
+        if content is None:
+            content = ""
+        elif not isinstance(content, str):
+            if self._takes_parts and message.role != "tool":
                 content = [{"type": "text", "text": part.text} for part in content]
             else:
                 content = " ".join(part.text for part in content)
         plain = {"role": message.role, "content": content}
         if message.name is not None:
             plain["name"] = message.name
+        if message.tool_call_id is not None:
+            plain["tool_call_id"] = message.tool_call_id
+        if message.reasoning_content is not None:
+            plain["reasoning_content"] = message.reasoning_content
+        if message.tool_calls:
+            plain["tool_calls"] = template_calls(message.tool_calls)
         return plain
 
 
@@ -232,8 +259,16 @@ class ChatTokenizer:
             _check_template(self.chat_template, folder)
         return self
 
-    def render(self, messages: Sequence[ChatMessage], chat_template: str | None = None) -> str:
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        words: Mapping[str, Any] = NOTHING,
+    ) -> str:
         """The conversation as the text that the model continues; `chat_template` replaces the model's own.
+
+        `tools`, `words`: see `ChatTemplate.render`.
 
         Raises InvalidRequest where there is no template, or the template refuses the conversation.
         """
@@ -241,7 +276,7 @@ class ChatTokenizer:
         if source is None:
             raise InvalidRequest("messages: this model has no chat template; send `prompt` instead", field="messages")
         try:
-            return _compiled(source).render(messages, self._special_tokens)
+            return _compiled(source).render(messages, self._special_tokens, tools, words)
         except _TEMPLATE_REFUSALS as error:
             reason = (str(error) or type(error).__name__)[:_REASON_CHARS_MAX]
             raise InvalidRequest(
@@ -286,7 +321,8 @@ class LoadedModel:
     def tokenize_all(self, request: Request) -> tuple[TokenIds, ...]:
         """Each prompt, u32[num_prompt_tokens]. Raises InvalidRequest where the chat template refuses the messages."""
         if request.messages is not None:
-            text = self.tokenizer.render(request.messages, self.chat_template)
+            tools, words = template_tools(request), template_words(request)
+            text = self.tokenizer.render(request.messages, self.chat_template, tools, words)
             return (self.tokenizer.encode(text, add_special_tokens=False),)
         prompts = prompts_of(request)
         assert prompts, "parse_request lets no request pass without messages or prompt"

@@ -71,14 +71,28 @@ class Completion:
         progress = self._progress[choice]
         assert progress.end is not None, "asked for before its end"
         echo = self._echo.get(choice, NO_ECHO)
-        positions, text = (*(echo.logprobs or ()), *self._logprobs[choice]), echo.text + progress.text
-        answer = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        positions = (*(echo.logprobs or ()), *self._logprobs[choice])
+        answer = {"message": _message(progress)} if self.chat else {"text": echo.text + progress.text}
         return {
             "index": choice,
             **answer,
             "logprobs": logprobs_body(positions, self.chat),
             "finish_reason": progress.end.finish_reason,
         }
+
+
+def _message(progress: Progress) -> dict[str, Any]:
+    """A choice as the assistant's message. As OpenAI has it, the content is null where there are but tool calls."""
+    message: dict[str, Any] = {"role": "assistant", "content": progress.text}
+    if progress.reasoning:
+        message["reasoning_content"] = progress.reasoning
+    if progress.tool_calls:
+        message["content"] = progress.text or None
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for _, call in sorted(progress.tool_calls.items())
+        ]
+    return message
 
 
 def answer_id(request_id: str, chat: bool) -> str:

@@ -31,6 +31,8 @@ stays for longer is real."""
 LAG_STEP_S: Final = 0.02
 READ_S_MAX: Final = 20.0
 """An outage may last so long; a cluster's election takes 4 to 10 s."""
+NOTHING_SAID: Final = {"text": "", "reasoning": "", "tool_calls": ()}
+"""A frame without what its tokens say."""
 _KEPT: Final = "the log has no older frames, or lost them"
 
 
@@ -112,8 +114,8 @@ class Output:
             index=have,
             token_ids=frame.token_ids[known:],
             logprobs=frame.logprobs and frame.logprobs[known:],
-            text="" if known >= len(frame.token_ids) else frame.text,
             echo=None,  # came with the first of them
+            **(NOTHING_SAID if known >= len(frame.token_ids) else {}),
         )
 
     def _unwanted(self, frame: Frame) -> bool:

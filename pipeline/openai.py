@@ -19,6 +19,7 @@ from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 
+from pipeline.chat_options import chat_options, check_chat
 from pipeline.checks import check_count, check_range, check_token_ids, not_a_token, number_text, out_of_range, size_of
 from pipeline.errors import DeadlineExceeded, InvalidRequest, PayloadTooLarge, PromptTooLong
 from pipeline.json_schema import check_length, check_schema_text, schema_text
@@ -228,6 +229,7 @@ def parse_request(
     )
     request = envelope.request
     _check_prompt(request)
+    check_chat(request)
     _check_output(request)
     check_options(request)
     return IdentifiedRequest(
@@ -603,6 +605,7 @@ def resolve(
         further=tuple(others),
         engine=identified.engine,
         dp_rank=dp_rank(request),
+        chat=chat_options(request),
     )
 
 

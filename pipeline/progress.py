@@ -3,7 +3,20 @@
 from dataclasses import dataclass, field
 
 from subjects.codec import NO_TOKENS, TokenIds
-from subjects.messages import Frame
+from subjects.messages import Frame, ToolCallDelta
+
+
+@dataclass(slots=True)
+class CallProgress:
+    """How far one tool call has come."""
+
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+    def add(self, delta: ToolCallDelta) -> None:
+        self.id, self.name = self.id or delta.id, self.name or delta.name
+        self.arguments += delta.arguments
 
 
 @dataclass(slots=True)
@@ -15,6 +28,9 @@ class Progress:
     end: Frame | None = None
     attempt: int = 0
     echoed: bool = False  # the prompt was sent back
+    reasoning: str = ""
+    raw: str = ""  # what the model said, before it was parsed
+    tool_calls: dict[int, CallProgress] = field(default_factory=dict)  # by index
 
     def add(self, frame: Frame) -> Frame | None:
         """Take a frame in; gives the part of it that is new, None where nothing is.
@@ -37,6 +53,10 @@ class Progress:
             return None
         self.token_ids += frame.token_ids[repeated:] if repeated else frame.token_ids
         self.text += frame.text
+        self.reasoning += frame.reasoning
+        self.raw += frame.text if frame.raw is None else frame.raw
+        for delta in frame.tool_calls:
+            self.tool_calls.setdefault(delta.index, CallProgress()).add(delta)
         self.end = frame if frame.finish_reason else None
         return frame
 

@@ -13,9 +13,8 @@ from subjects.messages import EmbeddingRequest, Request
 TEXT_CHARS_MAX: Final = 120
 """The most that an error repeats of what a client sent."""
 
-_TOOLS: Final = "tool calling is not supported yet"
+_OLD_TOOLS: Final = "use `tools` and `tool_choice`"
 _MEDIA: Final = "only text is supported yet"
-_REASONING: Final = "reasoning control is not supported yet"
 _STORED: Final = "nothing is stored beyond the answer"
 _PIPELINE: Final = "the pipeline sets this itself"
 _ENGINE: Final = "the pipeline does not pass this on to SGLang yet"
@@ -25,15 +24,14 @@ UNSUPPORTED: Final[dict[str, str]] = {
     "bootstrap_host": _PIPELINE,
     "bootstrap_port": _PIPELINE,
     "bootstrap_room": _PIPELINE,
-    "chat_template_kwargs": _ENGINE,
     "continue_final_message": "use `prompt`",
     "custom_labels": _ENGINE,
     "custom_logit_processor": "it is code that would run in the engine",
     "custom_params": "only a custom_logit_processor reads them; use `max_thinking_tokens` for a thinking budget",
     "disagg_prefill_dp_rank": _PIPELINE,
     "extra_key": "use `cache_salt`, which routing knows of too",
-    "function_call": _TOOLS,
-    "functions": _TOOLS,
+    "function_call": _OLD_TOOLS,
+    "functions": _OLD_TOOLS,
     "input_ids": "use `prompt`, which takes token ids",
     "images_config": _MEDIA,
     "logprob_start_len": "use `echo` with `logprobs` for those of the whole prompt",
@@ -42,11 +40,9 @@ UNSUPPORTED: Final[dict[str, str]] = {
     "min_dynamic_patch": _MEDIA,
     "min_new_tokens": "use `min_tokens`",
     "moderation": "nothing is moderated",
-    "parallel_tool_calls": _TOOLS,
     "prediction": _ENGINE,
     "prompt_cache_options": "prefixes are found by their tokens",
     "prompt_cache_retention": "prefixes are found by their tokens",
-    "reasoning_effort": _REASONING,
     "return_cached_tokens_details": _ENGINE,
     "return_hidden_states": _ENGINE,
     "return_input_ids_in_sglext": _ENGINE,
@@ -63,27 +59,20 @@ UNSUPPORTED: Final[dict[str, str]] = {
     "sampling_logprobs_mode": _ENGINE,
     "sampling_params": "its fields stand beside `prompt`",
     "sampling_seed": "use `seed`",
-    "separate_reasoning": _REASONING,
     "session_id": "use `session`",
     "session_params": _ENGINE,
     "stop_regex": _ENGINE,
-    "stream_reasoning": _REASONING,
     "structural_tag": _ENGINE,
     "suffix": "text is only continued",
     "task": _ENGINE,
     "text": "use `prompt`",
     "thinking_budget": "use `max_thinking_tokens`",
-    "tool_choice": _TOOLS,
-    "tools": _TOOLS,
     "use_audio_in_video": _MEDIA,
     "verbosity": _ENGINE,
     "video_config": _MEDIA,
-    "web_search_options": _TOOLS,
+    "web_search_options": "there are no tools but the client's own",
     # of a message
     "refusal": _STORED,
-    "reasoning_content": _REASONING,
-    "tool_call_id": _TOOLS,
-    "tool_calls": _TOOLS,
     # of `stream_options`
     "include_obfuscation": "frames are not padded",
     "continuous_usage_stats": "the last frame carries the usage",
@@ -129,7 +118,7 @@ def _why_wrong(field: str, complaint: str) -> str:
     last = field.rpartition(".")[2]
     if complaint.startswith("Invalid") and field.startswith("messages."):
         if last == "role":
-            return f"{clipped(complaint)}; the roles are system, developer, user and assistant ({_TOOLS})"
+            return f"{clipped(complaint)}; the roles are system, developer, user, assistant and tool"
         if last == "type":
             return f"{clipped(complaint)}; the content type is text ({_MEDIA})"
     if field.startswith("prompt.") and complaint.startswith("Expected `int`"):

@@ -60,6 +60,7 @@ def _more_than_tokens(sampling: SamplingOptions) -> bool:
         sampling.json_schema
         or sampling.regex
         or sampling.ebnf
+        or sampling.structural_tag
         or sampling.presence_penalty
         or (sampling.repetition_penalty or 1.0) != 1.0
     )
@@ -86,10 +87,10 @@ class Seam:
     def __init__(self, request: PreprocessedRequest, so_far: Progress, how: Plan) -> None:
         self._repeated_tokens, self._repeated_chars = how.repeated_tokens, 0
         if how.repeated_tokens:
-            self._repeated_chars = len(so_far.text)
+            self._repeated_chars = len(so_far.raw)
         self._stops = request.stop.stop if len(so_far.token_ids) and not how.repeated_tokens else ()
         reach = max(map(len, self._stops), default=1) - 1
-        self._before = so_far.text[-reach:] if reach else ""
+        self._before = so_far.raw[-reach:] if reach else ""
         self._since = ""
         self._keep_stop = request.output.no_stop_trim
 

@@ -103,7 +103,7 @@ class Answer:
     _choices: dict[int, Progress] = field(default_factory=dict)
 
     def add(self, frame: Frame) -> str:
-        """Take a frame in; the text that it brings."""
+        """Take a frame in; what it says: reasoning, content, and each tool call on a line of its own."""
         now_s = time.monotonic()
         if len(frame.token_ids) or frame.text:
             self.first_s, self.last_s = self.first_s or now_s, now_s
@@ -113,7 +113,8 @@ class Answer:
         if frame.worker:
             self.workers.add(frame.worker)
         self.usage = frame.usage or self.usage
-        return frame.text
+        calls = (f"\n{call.name} {call.arguments}" if call.name else call.arguments for call in frame.tool_calls)
+        return frame.reasoning + frame.text + "".join(calls)
 
     @property
     def ttft_ms(self) -> float | None:

@@ -5,6 +5,7 @@ that the log already holds, so that the client sees one stream.
 """
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -13,13 +14,14 @@ from msgspec.structs import replace
 
 from pipeline import metrics
 from pipeline.engine.disaggregated import DisaggregatedEngine
-from pipeline.engine.protocol import Engine, EngineOutput, EngineRequest
+from pipeline.engine.protocol import Engine, EngineOutput, EngineRequest, Parsed, Reading
 from pipeline.pause import keep_paused
 from pipeline.peers import Peers
 from pipeline.placement import Placements
 from pipeline.progress import Progress
 from pipeline.responses import ResponseLog
 from pipeline.resumption import Seam, plan
+from pipeline.said import Said, joined
 from pipeline.stage import Emit, Task, answer_owned, emit_frame, stage
 from pipeline.worker import Worker
 from subjects import streams
@@ -35,7 +37,9 @@ async def decode(
     task: Task[PreprocessedRequest], engine: Engine, responses: ResponseLog, worker: str
 ) -> AsyncIterator[Emit]:
     """Generate every choice and stream its frames; the order among choices is whatever comes first."""
-    request = task.payload
+    reading = engine.reading(task.payload)
+    request = reading.request
+    task = dataclasses.replace(task, payload=request)
     history = await responses.history(request) if task.attempt > 1 else None
     outputs = []
     for choice in range(request.choices):
@@ -43,19 +47,28 @@ async def decode(
         if so_far.end:
             task.ended.add(choice)
         else:
-            outputs.append(_choice(task, choice, so_far, engine, worker))
+            said = await _reader(reading, choice, so_far)
+            outputs.append(_choice(task, choice, so_far, engine, worker, said))
     frames = outputs[0] if len(outputs) == 1 else _merge(outputs)
     async with aclosing(frames):
         async for frame in frames:
             yield emit_frame(request.client, request.request_id, frame, request.reply_format)
 
 
+async def _reader(reading: Reading, choice: int, so_far: Progress) -> Said:
+    """Reads a choice's outputs. To parse again what is said already may take seconds: a thread does it."""
+    parser = reading.parser(choice) if reading.parser else None
+    if parser is not None and so_far.raw:
+        return await asyncio.to_thread(Said, parser, so_far)
+    return Said(parser, so_far)
+
+
 async def _choice(
-    task: Task[PreprocessedRequest], choice: int, so_far: Progress, engine: Engine, worker: str
+    task: Task[PreprocessedRequest], choice: int, so_far: Progress, engine: Engine, worker: str, said: Said
 ) -> AsyncIterator[Frame]:
     """One choice's frames. Without streaming it is one frame that holds everything."""
     request = _of_prompt(task.payload, choice)
-    steps = _Steps(task, request, choice, so_far, worker)
+    steps = _Steps(task, request, choice, so_far, worker, said)
     prompt_logprobs = request.output.prompt_logprobs and not so_far.echoed
     if len(so_far.token_ids) >= request.stop.max_tokens and not prompt_logprobs:
         yield steps.frame(EngineOutput(token_ids=NO_TOKENS, finish_reason="length"))
@@ -108,7 +121,13 @@ class _Steps:
     """Turns an engine's outputs for one choice into frames, and keeps count."""
 
     def __init__(
-        self, task: Task[PreprocessedRequest], request: PreprocessedRequest, choice: int, so_far: Progress, worker: str
+        self,
+        task: Task[PreprocessedRequest],
+        request: PreprocessedRequest,
+        choice: int,
+        so_far: Progress,
+        worker: str,
+        said: Said,
     ) -> None:
         """`request`: with the choice's own prompt."""
         self._request, self._attempt = request, task.attempt
@@ -117,6 +136,7 @@ class _Steps:
         self._echo = None if text is None else Echo(text=text)  # until it is sent
         self._started = False
         self._held: list[EngineOutput] = []  # without streaming: all outputs until the last
+        self._said, self._heard = said, list[Parsed]()  # what they say
         self._clock = metrics.TokenClock(task.payload.accepted_unix_s)
         self._timing = Timing(
             accepted_unix_s=task.payload.accepted_unix_s,
@@ -130,12 +150,15 @@ class _Steps:
             self._timing = replace(self._timing, first_token_unix_s=time.time())
         if self._echo is not None and output.prompt_logprobs is not None:
             self._echo = replace(self._echo, logprobs=output.prompt_logprobs)
+        self._heard.append(self._said.read(output))
         if not self._request.output.stream:
             self._held.append(output)
             if output.finish_reason is None:
                 return None
             output = _joined(self._held)
         index, last = self._index, output.finish_reason is not None
+        said, self._heard = joined(self._heard), []
+        finish_reason = self._said.finish(output.finish_reason)
         self._index += len(output.token_ids)
         frame = Frame(
             request_id=self._request.request_id,
@@ -143,14 +166,17 @@ class _Steps:
             attempt=self._attempt,
             index=index,
             token_ids=output.token_ids,
-            text=output.text,
+            text=said.text,
             logprobs=output.logprobs,
-            finish_reason=output.finish_reason,
-            matched_stop=output.matched_stop,
+            finish_reason=finish_reason,
+            matched_stop=None if finish_reason == "tool_calls" else output.matched_stop,
             usage=self._usage(output) if last else None,
             worker=self._worker if last or not self._started else None,
             timing=self._timed(output) if last else None,
             echo=self._echo,
+            reasoning=said.reasoning,
+            tool_calls=said.tool_calls,
+            raw=None if last or output.text == said.text else output.text,
         )
         self._started, self._echo = True, None
         return frame

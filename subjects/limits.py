@@ -34,6 +34,9 @@ LOGIT_BIAS_MAX: Final = 100.0
 """Biases reach from minus this to this, as OpenAI's do."""
 PRIORITY_MAX: Final = 1_000
 """Priorities reach from minus this to this; 0 is a request that names none."""
+TOOLS_MAX: Final = 128
+"""As many as OpenAI takes."""
+TOOL_NAME_CHARS_MAX: Final = 128
 SEED_MIN: Final = -(2**63)
 SEED_MAX: Final = 2**63 - 1
 

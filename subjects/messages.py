@@ -26,12 +26,57 @@ class TextContent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     text: str
 
 
-class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One turn of a conversation."""
+class CalledFunction(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: str
+    arguments: str  # a JSON object as text
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | tuple[TextContent, ...]
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A call that the assistant made earlier in the conversation."""
+
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+    index: int | None = None  # as clients send back what a stream gave them
+
+
+class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One turn of a conversation. Only an assistant's that has `tool_calls` may go without content."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | tuple[TextContent, ...] | None = None
     name: str | None = None
+    tool_calls: tuple[ToolCall, ...] | None = None  # the assistant's
+    tool_call_id: str | None = None  # the call that a tool's message answers
+    reasoning_content: str | None = None  # the assistant's, for templates that keep it
+
+
+class ToolFunction(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None  # a JSON schema
+    strict: bool | None = None  # the engine's grammar holds the arguments to the schema, where its parser can
+
+
+class Tool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the model may call."""
+
+    function: ToolFunction
+    type: Literal["function"] = "function"
+
+
+class NamedFunction(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: str
+
+
+class NamedTool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A choice of one tool, which the model must call."""
+
+    function: NamedFunction
+    type: Literal["function"] = "function"
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
 class JsonSchema(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -109,6 +154,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     safety_identifier: str | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: bool | None = None
+    tools: tuple[Tool, ...] | None = None
+    tool_choice: ToolChoice | None = None  # "auto" where there are tools
+    parallel_tool_calls: bool = True  # False: one call at most, where a grammar holds (required, named, strict)
+    reasoning_effort: str | None = None  # for the chat template, e.g. "low"
+    separate_reasoning: bool = True  # False: what the model thinks stays in the content
+    stream_reasoning: bool = True  # False: it comes in one piece, when it is whole
+    chat_template_kwargs: dict[str, Any] | None = None  # for the chat template, e.g. {"enable_thinking": false}
 
 
 class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -155,6 +207,9 @@ class SamplingOptions(Message, frozen=True, kw_only=True):
     json_schema: str | None = None  # a JSON schema as text
     regex: str | None = None
     ebnf: str | None = None
+    structural_tag: str | None = None  # this field and those below: set by whoever owns the request, for its tools
+    ebnf_full_assistant: bool = False  # the grammar covers the reasoning too
+    require_reasoning: bool = False  # the output begins with reasoning; a grammar holds from its end on
 
 
 class OutputOptions(Message, frozen=True, kw_only=True):
@@ -203,6 +258,19 @@ class FurtherPrompt(Message, frozen=True, kw_only=True):
     echo: str | None = None
 
 
+class ChatOptions(Message, frozen=True, kw_only=True):
+    """What the parsers of a chat's output must know of it."""
+
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = "none"  # resolved: "auto" where there are tools
+    parallel_tool_calls: bool = True
+    reasoning_effort: str | None = None
+    separate_reasoning: bool = True
+    stream_reasoning: bool = True
+    chat_template_kwargs: dict[str, Any] = {}
+    calls_before: int = 0  # tool calls in the conversation so far: some models' ids count them
+
+
 class OwnedTask(Work, frozen=True, kw_only=True):
     """What every task says whose worker, its owner, answers the client itself."""
 
@@ -226,6 +294,7 @@ class PreprocessedRequest(OwnedTask, frozen=True, kw_only=True):
     engine: EngineOptions = EngineOptions()
     dp_rank: int | None = None  # the decode worker's data-parallel rank that is to run it; None: any
     further: tuple[FurtherPrompt, ...] = ()  # the choices are the first prompt's, then as many for each of these
+    chat: ChatOptions | None = None  # None: a completion
 
 
 # --- preprocess -> embed ----------------------------------------------------------------------------
@@ -312,7 +381,16 @@ class Echo(Message, frozen=True, kw_only=True):
     logprobs: tuple[PositionLogprobs, ...] | None = None  # one for each prompt token
 
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "tool_calls"]
+
+
+class ToolCallDelta(Message, frozen=True, kw_only=True):
+    """A piece of one tool call. Its first has the `id` and the `name`; the `arguments` of all make a JSON object."""
+
+    index: int  # of the choice's calls
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
 
 
 class Timing(Message, frozen=True, kw_only=True):
@@ -352,6 +430,9 @@ class Frame(Message, frozen=True, kw_only=True):
     worker: str | None = None  # on an attempt's first frame and on the last
     timing: Timing | None = None  # with finish_reason
     echo: Echo | None = None  # on a choice's first frame, once whoever owns it; stands before all text
+    reasoning: str = ""  # of a chat: what the model thinks, before it answers with `text` or calls tools
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    raw: str | None = None  # what the model said, where `text` is not all of it: a next owner parses on from there
 
 
 # --- KV events: engine -> routers, telemetry ---------------------------------------------------------

@@ -22,7 +22,7 @@ import structlog
 from pipeline import metrics, tracing
 from pipeline.block_hashes import salt_of
 from pipeline.bus import Bus, Received
-from pipeline.engine.protocol import Engine, EngineInfo, EngineOutput, EngineRequest, Room, Vitals
+from pipeline.engine.protocol import Engine, EngineInfo, EngineOutput, EngineRequest, Reading, Room, Vitals
 from pipeline.errors import (
     BusUnavailable,
     InvalidRequest,
@@ -38,7 +38,7 @@ from pipeline.placement import Places
 from pipeline.presence import Presence
 from subjects import names
 from subjects.codec import decode, encode
-from subjects.messages import Claim, Grant, Load, MetricFamily, PrefillTask, Refusal
+from subjects.messages import Claim, Grant, Load, MetricFamily, PrefillTask, PreprocessedRequest, Refusal
 
 OFFERS_MAX: Final = 4
 """A prompt whose prefill worker was lost this often goes back to the queue of decode tasks."""
@@ -77,6 +77,9 @@ class DisaggregatedEngine:
 
     async def start(self) -> EngineInfo:
         return await self._engine.start()
+
+    def reading(self, request: PreprocessedRequest) -> Reading:
+        return self._engine.reading(request)
 
     async def warm_up(self) -> None:
         """Nothing to compute alone: pairs of engines connect when they hear of each other."""

@@ -1,6 +1,6 @@
 """What a stage may ask of an engine. The SGLang adapter and the simulated engine both answer to it."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
@@ -14,8 +14,10 @@ from subjects.messages import (
     MetricFamily,
     OutputOptions,
     PositionLogprobs,
+    PreprocessedRequest,
     SamplingOptions,
     StopConditions,
+    ToolCallDelta,
 )
 
 CANARY: Final = "canary-"
@@ -86,6 +88,35 @@ class EmbeddingBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Parsed:
+    """What a piece of a chat's output turned out to be."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+
+
+class Parser(Protocol):
+    """Reads one choice's output: reasoning, tool calls, and the content that is left."""
+
+    def feed(self, text: str) -> Parsed:
+        """What more is known with these characters. The sum over an output does not depend on how it is cut."""
+        ...
+
+    def end(self) -> Parsed:
+        """What was held back, now that nothing comes any more."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a request's output is to be generated and read."""
+
+    request: PreprocessedRequest  # with what its parser asks of the engine
+    parser: Callable[[int], Parser] | None = None  # a new one for a choice; None: all of the output is content
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineInfo:
     """Facts about a started engine, for its model card."""
 
@@ -149,6 +180,13 @@ class Engine(Protocol):
             InvalidRequest: the engine refuses an input, or the dimensions.
             NotSupported: the engine generates.
             EngineFailed, EngineDied, EngineSuspended: as `generate`.
+        """
+        ...
+
+    def reading(self, request: PreprocessedRequest) -> Reading:
+        """How this engine's model says what a chat asks for, tool calls and reasoning. Never waits.
+
+        Raises InvalidRequest for a tool that must be called where the engine has no grammar for it.
         """
         ...
 

@@ -26,8 +26,18 @@ import msgspec
 
 from pipeline.block_hashes import TOKEN_BYTES, block_hashes, salt_of
 from pipeline.bus import Bus
+from pipeline.chat_options import is_forced
 from pipeline.config import SimulatedSettings
-from pipeline.engine.protocol import CANARY, EmbeddingBatch, EngineInfo, EngineOutput, EngineRequest, Room, Vitals
+from pipeline.engine.protocol import (
+    CANARY,
+    EmbeddingBatch,
+    EngineInfo,
+    EngineOutput,
+    EngineRequest,
+    Reading,
+    Room,
+    Vitals,
+)
 from pipeline.engine.simulated_cache import PrefixCache
 from pipeline.engine.simulated_rooms import KvFetcher, PrefillRooms
 from pipeline.errors import Busy, EngineDied, EngineSuspended, InvalidRequest, NotSupported
@@ -42,6 +52,7 @@ from subjects.messages import (
     Load,
     MetricFamily,
     PositionLogprobs,
+    PreprocessedRequest,
     StopConditions,
     TokenLogprob,
 )
@@ -427,6 +438,12 @@ class SimulatedEngine:
                 await rooms.until_fetched(held)
         yield first
 
+    def reading(self, request: PreprocessedRequest) -> Reading:
+        """See `Engine.reading`. It has no parsers: all it says is content."""
+        if request.chat is not None and is_forced(request.chat.tool_choice):
+            raise InvalidRequest("tool_choice: the simulated engine calls no tools", field="tool_choice")
+        return Reading(request=request)
+
     async def load(self) -> Load:
         used = sum(len(request.token_ids) + writer.num_tokens for request, writer in self._running.values())
         if self._rooms is not None:
@@ -607,6 +624,7 @@ class SimulatedEngine:
             ("json_schema", sampling.json_schema, "grammars"),
             ("regex", sampling.regex, "grammars"),
             ("ebnf", sampling.ebnf, "grammars"),
+            ("structural_tag", sampling.structural_tag, "grammars"),
             ("lora_path", options.lora_path, "adapters"),
             ("max_thinking_tokens", options.max_thinking_tokens, "thoughts"),
         ):

@@ -14,7 +14,7 @@ import msgspec
 from pipeline.completion import Completion, answer_id, error_body, logprobs_body, usage_body
 from pipeline.errors import InvalidRequest, from_failure
 from subjects.limits import CHOICES_MAX
-from subjects.messages import Failure, Frame
+from subjects.messages import Failure, Frame, ToolCallDelta
 
 DONE: Final = b"data: [DONE]\n\n"
 KEEP_ALIVE: Final = b": keep-alive\n\n"
@@ -78,6 +78,31 @@ class Cursor:
         return replace(self, seen=tuple(seen))
 
 
+def _delta(text: str, parsed: dict[str, Any], *, first: bool) -> dict[str, Any]:
+    """What a chat's event adds; without content where it is all reasoning and tool calls."""
+    content: dict[str, Any] = {} if parsed and not text else {"content": text}
+    if first:
+        return {"role": "assistant", "content": None, **content, **parsed}
+    return content | parsed
+
+
+def _parsed(frame: Frame) -> dict[str, Any]:
+    parsed: dict[str, Any] = {}
+    if frame.reasoning:
+        parsed["reasoning_content"] = frame.reasoning
+    if frame.tool_calls:
+        parsed["tool_calls"] = [_call(delta) for delta in frame.tool_calls]
+    return parsed
+
+
+def _call(delta: ToolCallDelta) -> dict[str, Any]:
+    """Its first piece has the id and the name."""
+    if delta.name is None:
+        return {"index": delta.index, "function": {"arguments": delta.arguments}}
+    function = {"name": delta.name, "arguments": delta.arguments}
+    return {"index": delta.index, "id": delta.id, "type": "function", "function": function}
+
+
 class Chunks:
     """Turns a request's frames into events, from a cursor on."""
 
@@ -94,7 +119,8 @@ class Chunks:
         tokens, ended = self._cursor.of(frame.choice)
         count = len(frame.token_ids)
         had = min(count, max(0, tokens - frame.index))
-        nothing = not frame.finish_reason and not frame.text and had == count
+        said_nothing = not (frame.text or frame.reasoning or frame.tool_calls)
+        nothing = not frame.finish_reason and said_nothing and had == count
         if ended or nothing or (had and had == count and not frame.finish_reason):
             return b""
         positions = (frame.logprobs or ())[had:]
@@ -103,7 +129,8 @@ class Chunks:
             text, positions = frame.echo.text + text, (*(frame.echo.logprobs or ()), *positions)
         self._cursor = self._cursor.after(frame.choice, frame.index + count, frame.finish_reason is not None)
         if self._cursor.chat:
-            said: dict[str, Any] = {"delta": {"content": text} if tokens else {"role": "assistant", "content": text}}
+            parsed = {} if had and had == count else _parsed(frame)
+            said: dict[str, Any] = {"delta": _delta(text, parsed, first=not tokens)}
         else:
             said = {"text": text}
         chunk = {

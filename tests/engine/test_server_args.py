@@ -73,6 +73,8 @@ def test_there_are_no_cpu_defaults_where_there_is_a_gpu(monkeypatch: pytest.Monk
         "model_path": "model",
         "incremental_streaming_output": True,
         "enable_metrics": True,
+        "reasoning_parser": "auto",
+        "tool_call_parser": "auto",
     }
 
 

@@ -50,6 +50,9 @@ def test_every_sampling_and_stop_field_is_mapped():
             json_schema="{}",
             regex="a",
             ebnf="b",
+            structural_tag="{}",
+            ebnf_full_assistant=True,
+            require_reasoning=True,
         ),
         OutputOptions(skip_special_tokens=False, no_stop_trim=True, stream=False),
         min_tokens=2,
@@ -58,7 +61,9 @@ def test_every_sampling_and_stop_field_is_mapped():
         ignore_eos=True,
     )
     theirs = requests.sampling_params(everything, {})
-    assert set(theirs) == ours | {
+    assert requests.arguments(everything, {})["require_reasoning"] is True
+    assert "require_reasoning" not in requests.arguments(request(), {})
+    assert set(theirs) == (ours - {"require_reasoning"}) | {
         "sampling_seed",
         "max_new_tokens",
         "min_new_tokens",

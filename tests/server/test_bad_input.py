@@ -30,7 +30,9 @@ CASES: dict[str, tuple[str, bytes, str, str | None, str]] = {
     "empty": ("smollm2", b"", "invalid_request", "payload", "0 bytes"),
     "wrong type": ("smollm2", b'{"prompt": "hi", "max_tokens": "many"}', "invalid_request", "max_tokens", "int"),
     "unknown field": ("smollm2", b'{"prompt": "hi", "temprature": 1}', "invalid_request", "temprature", "temperature"),
-    "unsupported field": ("smollm2", json.dumps(CHAT | {"tools": []}).encode(), "invalid_request", "tools", "tools"),
+    "unsupported field": (
+        "smollm2", json.dumps(CHAT | {"functions": []}).encode(), "invalid_request", "functions", "tools",
+    ),
     "empty messages": ("smollm2", b'{"messages": []}', "invalid_request", "messages", "messages"),
     "prompt over the context": (
         "smollm2", json.dumps({"prompt": NEAR_LIMIT}).encode(), "prompt_too_long", "prompt", "8192",

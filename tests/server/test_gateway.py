@@ -156,7 +156,7 @@ async def test_health_needs_no_key(serving: Serving):
 @pytest.mark.parametrize(
     ("body", "status", "code", "param"),
     [
-        ({"tools": []}, 400, "invalid_request", "tools"),
+        ({"functions": []}, 400, "invalid_request", "functions"),
         ({"temprature": 1}, 400, "invalid_request", "temprature"),
         ({"n": 1000}, 400, "invalid_request", "n"),
         ({"stream": "yes"}, 400, "invalid_request", "stream"),

@@ -46,6 +46,9 @@ SAMPLING: Final = m.SamplingOptions(
     json_schema='{"type": "object"}',
     regex="[a-z]+",
     ebnf='root ::= "a"',
+    structural_tag='{"type": "structural_tag"}',
+    ebnf_full_assistant=True,
+    require_reasoning=True,
 )
 OUTPUT: Final = m.OutputOptions(
     stream=False, logprobs=True, top_logprobs=2, skip_special_tokens=False, no_stop_trim=True, prompt_logprobs=True
@@ -62,6 +65,22 @@ TIMING: Final = m.Timing(
     kv_landed_unix_s=1789999991.375,
 )
 TEXT: Final = m.TextContent(text="What is the capital of France? 北京 🧑‍🚀")
+CALL: Final = m.ToolCall(id="call_1", function=m.CalledFunction(name="weather", arguments='{"city": "北京"}'), index=0)
+TOOL: Final = m.Tool(
+    function=m.ToolFunction(name="weather", description="d", parameters={"type": "object"}, strict=True)
+)
+NAMED: Final = m.NamedTool(function=m.NamedFunction(name="weather"))
+CHAT_OPTIONS: Final = m.ChatOptions(
+    tools=(TOOL,),
+    tool_choice=NAMED,
+    parallel_tool_calls=False,
+    reasoning_effort="low",
+    separate_reasoning=False,
+    stream_reasoning=False,
+    chat_template_kwargs={"enable_thinking": False},
+    calls_before=2,
+)
+CALL_DELTA: Final = m.ToolCallDelta(index=1, id="call_2", name="weather", arguments='{"city"')
 SCHEMA: Final = m.JsonSchema(name="answer", schema={"type": "object"}, description="d", strict=True)
 RESPONSE_FORMAT: Final = m.ResponseFormat(type="json_schema", json_schema=SCHEMA)
 EMBEDDING: Final = m.Embedding(dimensions=384, matryoshka=True, matryoshka_dimensions=(128, 256))
@@ -84,7 +103,20 @@ CLEARED: Final = m.BlocksCleared()
 RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
     "0.1.0": (
         TEXT,
-        m.ChatMessage(role="user", content=(TEXT,), name="eve"),
+        m.ChatMessage(
+            role="user",
+            content=(TEXT,),
+            name="eve",
+            tool_calls=(CALL,),
+            tool_call_id="call_1",
+            reasoning_content="They ask for the weather.",
+        ),
+        CALL.function,
+        CALL,
+        TOOL.function,
+        TOOL,
+        NAMED.function,
+        NAMED,
         SCHEMA,
         RESPONSE_FORMAT,
         m.StreamOptions(include_usage=True),
@@ -132,6 +164,13 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             safety_identifier="u",
             service_tier="auto",
             store=False,
+            tools=(TOOL,),
+            tool_choice=NAMED,
+            parallel_tool_calls=False,
+            reasoning_effort="low",
+            separate_reasoning=False,
+            stream_reasoning=False,
+            chat_template_kwargs={"enable_thinking": False},
         ),
         m.EmbeddingRequest(
             input=("What is the capital of France?", "北京"),
@@ -178,6 +217,7 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             engine=ENGINE,
             dp_rank=1,
             further=(FURTHER,),
+            chat=CHAT_OPTIONS,
         ),
         m.EmbeddingTask(
             request_id="r-1",
@@ -191,6 +231,7 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             inputs=(TOKENS, TokenIds.of([101, 102])),
             dimensions=128,
         ),
+        CHAT_OPTIONS,
         m.PrefillTask(
             request_id="r-1",
             deadline_unix_s=1790000000.5,
@@ -228,7 +269,11 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             worker="decode-1",
             timing=TIMING,
             echo=ECHO,
+            reasoning="The capital",
+            tool_calls=(CALL_DELTA,),
+            raw="<think>The capital",
         ),
+        CALL_DELTA,
         m.Cancel(reason="changed my mind"),
         m.ControlRequest(arguments={"steps": 5}),
         m.ControlReply(ok=False, result={"path": "trace"}, error=FAILURE),

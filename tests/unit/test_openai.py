@@ -17,6 +17,7 @@ from subjects import headers, limits, names
 from subjects.codec import Format, TokenIds
 from subjects.messages import (
     ChatMessage,
+    ChatOptions,
     EngineOptions,
     FurtherPrompt,
     OutputOptions,
@@ -24,6 +25,8 @@ from subjects.messages import (
     Request,
     SamplingOptions,
     StopConditions,
+    Tool,
+    ToolFunction,
 )
 
 SUBJECT = names.REQUESTS.of(model="m")
@@ -180,7 +183,7 @@ WRONG = [
     ({"routed_dp_rank": -1}, "routed_dp_rank", -1, 0),
     ({"data_parallel_rank": 1, "routed_dp_rank": 2}, "routed_dp_rank", None, None),
     ({"max_thinking_tokens": -1}, "max_thinking_tokens", -1, 0),
-    ({"tools": [{"type": "function"}]}, "tools", None, None),
+    ({"functions": [{"name": "f"}]}, "functions", None, None),
     ({"nonsense": 1}, "nonsense", None, None),
 ]
 
@@ -219,7 +222,7 @@ def test_the_place_of_a_mistake_deep_in_a_schema_is_shortened(value):
         ({"messages": ["hi"]}, "messages.0"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
         ({"messages": [{"content": "hi"}]}, "messages.0.role"),
-        ({"messages": [{"role": "tool", "content": "hi"}]}, "messages.0.role"),
+        ({"messages": [{"role": "critic", "content": "hi"}]}, "messages.0.role"),
         ({"messages": [*CHAT["messages"], {"role": "user", "content": None}]}, "messages.1.content"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": "", "tool_calls": []}]}, "messages.0.tool_calls"),
@@ -467,9 +470,11 @@ def test_defaults_are_left_to_the_engine():
         deadline_unix_s=NOW_S - 1 + 600,
         reply_format=Format.JSON,
         accepted_unix_s=NOW_S - 1,
+        chat=ChatOptions(),
     )
 
 
+TOOL = Tool(function=ToolFunction(name="weather", parameters={"type": "object"}, strict=True))
 EVERY_FIELD = {
     "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}], "name": "eve"}],
     "model": "m",
@@ -499,6 +504,13 @@ EVERY_FIELD = {
     "skip_special_tokens": False,
     "no_stop_trim": True,
     "user": "u",
+    "tools": [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}, "strict": True}}],
+    "tool_choice": "auto",
+    "parallel_tool_calls": False,
+    "reasoning_effort": "low",
+    "separate_reasoning": False,
+    "stream_reasoning": False,
+    "chat_template_kwargs": {"enable_thinking": True},
 }
 
 
@@ -528,6 +540,15 @@ def test_every_field_reaches_the_engine(pack):
         deadline_unix_s=NOW_S + 9,
         reply_format=Format.JSON if pack is json_of else Format.MSGPACK,
         accepted_unix_s=NOW_S - 1,
+        chat=ChatOptions(
+            tools=(TOOL,),
+            parallel_tool_calls=False,
+            tool_choice="auto",
+            reasoning_effort="low",
+            separate_reasoning=False,
+            stream_reasoning=False,
+            chat_template_kwargs={"enable_thinking": True},
+        ),
     )
 
 

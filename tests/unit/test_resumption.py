@@ -34,7 +34,8 @@ def request(*, stop: tuple[str, ...] = (), stream: bool = True, no_stop_trim: bo
 
 def progress(tokens: int, text: str | None = None) -> Progress:
     so_far = "".join(text_of(token) for token in WHOLE[:tokens])
-    return Progress(token_ids=WHOLE[:tokens], text=so_far if text is None else text, attempt=1)
+    said = so_far if text is None else text
+    return Progress(token_ids=WHOLE[:tokens], text=said, raw=said, attempt=1)
 
 
 class Log:

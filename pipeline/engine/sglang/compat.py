@@ -31,6 +31,8 @@ _MANAGER: Final = "sglang.srt.managers.tokenizer_manager"
 _IO: Final = "sglang.srt.managers.io_struct"
 _KV_EVENTS: Final = "sglang.srt.disaggregation.kv_events"
 _KV_COMPONENT: Final = "sglang.srt.managers.scheduler_components.kv_events_publisher"
+_TOOLS: Final = "sglang.srt.function_call.function_call_parser"
+_DETECTOR: Final = "sglang.srt.function_call.base_format_detector"
 SYMBOLS: Final = (
     Symbol(_ENGINE, "Engine.run_scheduler_process_func"),
     Symbol(_ENGINE, "Engine.run_detokenizer_process_func"),
@@ -103,6 +105,7 @@ SYMBOLS: Final = (
             "lora_path",
             "extra_key",
             "max_thinking_tokens",
+            "require_reasoning",
         ),
     ),
     Symbol(_IO, "EmbeddingReqInput", ("rid", "input_ids", "dimensions")),
@@ -130,6 +133,7 @@ SYMBOLS: Final = (
             "skip_special_tokens",
             "no_stop_trim",
             "stream_interval",
+            "structural_tag",
         ),
     ),
     Symbol("sglang.srt.disaggregation.utils", "FAKE_BOOTSTRAP_HOST", value=FAKE_BOOTSTRAP_HOST),
@@ -204,6 +208,52 @@ SYMBOLS: Final = (
     Symbol(_KV_COMPONENT, "SchedulerKvEventsPublisher.emit_kv_metrics", ("self",)),
     Symbol(_KV_COMPONENT, "SchedulerKvEventsPublisher.publish_kv_events", ("self",)),
     Symbol("sglang.srt.managers.scheduler", "Scheduler.process_batch_result", ("self", "batch", "result")),
+    # Tool calls and reasoning: `parsers`.
+    Symbol(_TOOLS, "FunctionCallParser", ("tools", "tool_call_parser", "tokenizer")),
+    Symbol(_TOOLS, "FunctionCallParser.parse_stream_chunk", ("self", "chunk_text")),
+    Symbol(
+        _TOOLS,
+        "FunctionCallParser.get_structure_constraint",
+        ("self", "tool_choice", "parallel_tool_calls", "thinking_mode"),
+    ),
+    Symbol(_DETECTOR, "BaseFormatDetector.supports_structural_tag", ("self",)),
+    Symbol(_DETECTOR, "BaseFormatDetector.parses_required_natively", ("self",)),
+    Symbol("sglang.srt.function_call.json_array_parser", "JsonArrayParser.parse_streaming_increment", ("self",)),
+    Symbol(
+        "sglang.srt.function_call.utils",
+        "get_json_schema_constraint",
+        ("tools", "tool_choice", "parallel_tool_calls"),
+    ),
+    Symbol(
+        "sglang.srt.parser.reasoning_parser",
+        "ReasoningParser",
+        ("model_type", "stream_reasoning", "force_reasoning", "request", "tokenizer"),
+    ),
+    Symbol("sglang.srt.parser.reasoning_parser", "ReasoningParser.parse_stream_chunk", ("self", "chunk_text")),
+    Symbol("sglang.srt.parser.reasoning_parser", "ReasoningParser.parse_stream_end", ("self",)),
+    Symbol("sglang.srt.parser.template_manager", "TemplateManager.force_reasoning"),
+    Symbol("sglang.srt.parser.template_manager", "TemplateManager.reasoning_config"),
+    Symbol("sglang.srt.parser.template_manager", "TemplateManager.suggested_reasoning_parser"),
+    Symbol("sglang.srt.parser.template_manager", "TemplateManager.suggested_tool_call_parser"),
+    Symbol(
+        "sglang.srt.parser.template_detection",
+        "ReasoningToggleConfig",
+        ("toggle_param", "default_enabled", "special_case"),
+    ),
+    Symbol("sglang.srt.function_call.core_types", "ToolCallItem", ("tool_index", "name", "parameters")),
+    Symbol(
+        "sglang.srt.entrypoints.openai.protocol",
+        "ChatCompletionRequest",
+        (
+            "tools",
+            "tool_choice",
+            "parallel_tool_calls",
+            "reasoning_effort",
+            "separate_reasoning",
+            "stream_reasoning",
+            "chat_template_kwargs",
+        ),
+    ),
 )
 
 _SCHEDULER: Final = "sglang.srt.managers.scheduler"
@@ -221,6 +271,9 @@ TEXTS: Final = (
     Symbol(_SCHEDULER, "Scheduler.init_kv_events_publisher"),
     Symbol(_KV_COMPONENT, "SchedulerKvEventsPublisher.init_kv_events"),
     Symbol(_KV_COMPONENT, "SchedulerKvEventsPublisher.publish_kv_events"),
+    Symbol(_DETECTOR, "BaseFormatDetector.__init__"),
+    Symbol("sglang.srt.parser.reasoning_parser", "BaseReasoningFormatDetector.__init__"),
+    Symbol(_ENGINE, "init_tokenizer_manager"),
 )
 _LINES: Final = {
     "Engine.__init__": (
@@ -249,6 +302,9 @@ _LINES: Final = {
         "token_capacity=self.max_total_num_tokens",
     ),
     "Scheduler.init_kv_events_publisher": ("self.kv_events_publisher = SchedulerKvEventsPublisher(",),
+    "BaseFormatDetector.__init__": ("self.prev_tool_call_arr", "self.streamed_args_for_tool"),
+    "BaseReasoningFormatDetector.__init__": ("self.reasoning_default = ",),
+    "init_tokenizer_manager": ('!= "auto"',),
     "SchedulerKvEventsPublisher.init_kv_events": ("self.kv_event_publisher = EventPublisherFactory.create(",),
     "SchedulerKvEventsPublisher.publish_kv_events": (
         "events = self.tree_cache.take_events()",

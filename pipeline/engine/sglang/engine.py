@@ -14,11 +14,21 @@ from typing import Any, Final
 
 import structlog
 
-from pipeline.engine.protocol import CANARY, EmbeddingBatch, EngineInfo, EngineOutput, EngineRequest, Room, Vitals
+from pipeline.engine.protocol import (
+    CANARY,
+    EmbeddingBatch,
+    EngineInfo,
+    EngineOutput,
+    EngineRequest,
+    Reading,
+    Room,
+    Vitals,
+)
 from pipeline.engine.sglang import launch, outputs, pooling, requests, series, vitals
 from pipeline.engine.sglang.handshake import HandshakeSettings
 from pipeline.engine.sglang.kv_events import KvEventsSettings
 from pipeline.engine.sglang.operations import Operations
+from pipeline.engine.sglang.parsers import ChatParsers
 from pipeline.errors import (
     EngineDied,
     EngineFailed,
@@ -31,7 +41,14 @@ from pipeline.errors import (
 from pipeline.models import prepare_model
 from pipeline.operations import Arguments
 from subjects.codec import NO_TOKENS, TokenIds, Vector
-from subjects.messages import Embedding, Load, MetricFamily, SamplingOptions, StopConditions
+from subjects.messages import (
+    Embedding,
+    Load,
+    MetricFamily,
+    PreprocessedRequest,
+    SamplingOptions,
+    StopConditions,
+)
 
 INFO_S_MAX: Final = 60.0
 """How long a started scheduler may take to answer its first question."""
@@ -71,6 +88,7 @@ class SglangEngine:
         self._sampling = _Sampling()
         self._folder = ""  # where the model lies, once prepared
         self._operations: Operations | None = None  # of the started engine
+        self._parsers: ChatParsers | None = None  # likewise
         self._priority_sign = 0  # 0: this engine was started without priorities
         self._ends_thinking = False
         self._streams: dict[str, _Stream] = {}  # by rid
@@ -87,7 +105,8 @@ class SglangEngine:
         self._others = launch.children()
         self._inlet.listen()
         self._launched = loop.run_in_executor(self._thread, self._launch)
-        self._manager = (await asyncio.shield(self._launched)).tokenizer_manager
+        launched = await asyncio.shield(self._launched)
+        self._manager = launched.tokenizer_manager
         self._inlet.adopt()
         self._read_outputs(loop)
         async with asyncio.timeout(INFO_S_MAX):
@@ -95,6 +114,8 @@ class SglangEngine:
         self._check_kind()
         self._sampling = _Sampling.of(self._manager.model_config, state)
         self._operations = Operations(self._manager, self._folder)
+        if not self._embeds and (self._handshake is None or self._handshake.role != "prefill"):
+            self._parsers = await asyncio.to_thread(ChatParsers.of_engine, launched, state)
         self._processes = await asyncio.to_thread(vitals.engine_processes, launch.children() - self._others)
         if state["enable_priority_scheduling"]:
             self._priority_sign = -1 if state["schedule_low_priority_values_first"] else 1
@@ -169,6 +190,12 @@ class SglangEngine:
                 "--enable-strict-thinking",
                 field="max_thinking_tokens",
             )
+
+    def reading(self, request: PreprocessedRequest) -> Reading:
+        """See `Engine.reading`. Raises EngineDied before the start."""
+        if self._parsers is None:
+            raise EngineDied("the engine is not started")
+        return self._parsers.reading(request)
 
     async def warm_up(self) -> None:
         """Prefill one prompt: SGLang's kernels compile and its pools are touched at the first.
@@ -398,8 +425,8 @@ class SglangEngine:
             disaggregation=_DISAGGREGATION[state["disaggregation_mode"]],
             dp_size=dp_size,
             tp_size=state["tp_size"],
-            reasoning_parser=state["reasoning_parser"],
-            tool_call_parser=state["tool_call_parser"],
+            reasoning_parser=self._parsers.reasoning if self._parsers else None,
+            tool_call_parser=self._parsers.tool_call if self._parsers else None,
             embedding=self._embedding() if self._embeds else None,
             tokenizer_path=state["tokenizer_path"],
             tokenizer_revision=state["revision"],

@@ -62,6 +62,8 @@ def arguments(
             "bootstrap_host": bootstrap_host(request.room.prefill_worker, request.room.prefill_incarnation),
             "bootstrap_room": request.room.number,
         }
+    if request.sampling.require_reasoning:
+        given["require_reasoning"] = True
     if output.logprobs:
         given |= {
             "return_logprob": True,
@@ -104,6 +106,8 @@ def sampling_params(request: EngineRequest, defaults: Mapping[str, Any]) -> dict
         "json_schema": sampling.json_schema,
         "regex": sampling.regex,
         "ebnf": sampling.ebnf,
+        "structural_tag": sampling.structural_tag,
+        "ebnf_full_assistant": sampling.ebnf_full_assistant or None,  # SGLang 0.5.21 alone knows it, and asks for it
         "skip_special_tokens": output.skip_special_tokens,
         "no_stop_trim": output.no_stop_trim,
         "stream_interval": None if output.stream else _STEP_TOKENS_WITHOUT_STREAMING,

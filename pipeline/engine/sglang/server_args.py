@@ -38,6 +38,7 @@ def resolve(model_path: str, given: Mapping[str, Any]) -> dict[str, Any]:
         name = _field(key, fields, actions)
         arguments[name] = _value(name, value, actions.get(name))
     defaults = {} if cpu_platform.accelerator_present() else _on_cpu(arguments)
+    defaults |= {"reasoning_parser": "auto", "tool_call_parser": "auto"}  # by the model's chat template
     defaults["enable_metrics"] = True  # its series leave by `series`: no file, no port
     if arguments.get("disaggregation_mode", "null") != "null":
         defaults["disaggregation_transfer_backend"] = "nixl"
