@@ -60,6 +60,9 @@ SessionOption = Annotated[
 ClientOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="Whose answer it is; two of one name read each other's.")
 ]
+ConsoleOption = Annotated[
+    bool | None, typer.Option("--console/--no-console", help="gateway: serve the web console; default: no.")
+]
 FramesOption = Annotated[bool, typer.Option("--frames", help="Print each frame as JSON instead of text.")]
 
 
@@ -551,6 +554,7 @@ def _stage_command(role: str, about: str) -> None:
         port: Annotated[int | None, typer.Option(help="gateway: HTTP port; 0: a free one.")] = None,
         host: Annotated[str | None, typer.Option(help="gateway: address; 0.0.0.0: all of the machine.")] = None,
         keys_file: Annotated[str | None, typer.Option(metavar="FILE", help="gateway: API keys by client.")] = None,
+        console: ConsoleOption = None,
         health_port: Annotated[
             int | None, typer.Option(help="HTTP port of /live and /ready; 0: a free one; default: none.")
         ] = None,
@@ -570,7 +574,7 @@ def _stage_command(role: str, about: str) -> None:
             "metrics_host": metrics_host,
             "gateway": {
                 name: value
-                for name, value in (("port", port), ("host", host), ("keys_file", keys_file))
+                for name, value in (("port", port), ("host", host), ("keys_file", keys_file), ("console", console))
                 if value is not None
             },
             "health": {} if health_port is None else {"port": health_port},

@@ -104,6 +104,9 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     batches_max: Annotated[int, msgspec.Meta(ge=0, le=64)] = 2  # that this gateway works on at once; 0: none
     batch_in_flight: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 128  # requests of one batch at once
     cors_origins: tuple[str, ...] = ()  # whose pages may ask; "*": any
+    console: bool = False
+    """Serve the web console. Off unless asked for: it shows every client's requests and dead letters, with prompts."""
+    console_clients: tuple[str, ...] = ()  # whose API keys open the console; must name some where there are keys
 
 
 class StageSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -37,6 +37,12 @@ class DeadLetters:
         letters = self._bus.read(streams.DEAD.name, names.DEAD.any())
         return {stored.seq: decode(DeadLetter, stored.payload) async for stored in letters}
 
+    async def newest(self, count: int) -> dict[int, DeadLetter]:
+        """Those among the stream's last `count` numbers, oldest first. Raises BusUnavailable."""
+        from_seq = (await self._bus.stream_state(streams.DEAD.name)).last_seq - count + 1
+        letters = self._bus.read(streams.DEAD.name, names.DEAD.any(), from_seq=max(1, from_seq))
+        return {stored.seq: decode(DeadLetter, stored.payload) async for stored in letters}
+
     async def one(self, seq: int) -> DeadLetter:
         """Raises ConfigError where there is none of that number."""
         async for stored in self._bus.read(streams.DEAD.name, names.DEAD.any(), from_seq=seq):
@@ -111,13 +117,7 @@ async def show(url: str, seq: int) -> int:
         letter = await DeadLetters(bus).one(seq)
     finally:
         await bus.close()
-    shown = msgspec.structs.asdict(letter) | {
-        "error": msgspec.structs.asdict(letter.error),
-        "died": _when(letter),
-        "payload": _readable(letter.payload),
-    }
-    del shown["died_unix_s"]
-    print(json.dumps(shown, indent=2, ensure_ascii=False, default=_token_bytes))
+    print(as_json(letter))
     return 0
 
 
@@ -146,6 +146,17 @@ async def drop(url: str, seqs: list[int]) -> int:
     finally:
         await bus.close()
     return 0
+
+
+def as_json(letter: DeadLetter) -> str:
+    """A letter with its payload readable where it can be read."""
+    shown = msgspec.structs.asdict(letter) | {
+        "error": msgspec.structs.asdict(letter.error),
+        "died": _when(letter),
+        "payload": _readable(letter.payload),
+    }
+    del shown["died_unix_s"]
+    return json.dumps(shown, indent=2, ensure_ascii=False, default=_token_bytes)
 
 
 def _when(letter: DeadLetter) -> str:

@@ -14,7 +14,7 @@
     │   ├── OutputGone          410  frames that are asked for are no longer kept
     │   ├── ObjectNotFound      404  an object bucket has nothing under a name
     │   ├── ObjectDamaged       500  what an object bucket has under a name is not what was put there
-    │   ├── NotPermitted        403  the broker does not let this connection use the subject
+    │   ├── NotPermitted        403  the broker does not let this connection use the subject, or we this API key
     │   ├── NotSupported        501  this worker or its engine cannot do what an operator asks for
     │   ├── EngineFailed        500  the engine gave up on this request
     │   └── AttemptsExhausted   500  handed out too often without an end

@@ -39,6 +39,8 @@ class Queues:
 
     streams: dict[str, StreamState] = field(default_factory=dict)
     consumers: dict[tuple[str, str], ConsumerState] = field(default_factory=dict)  # by stream and consumer
+    takes: dict[tuple[str, str], tuple[str, str | None]] = field(default_factory=dict)
+    """A consumer's queue and model; None: of every model."""
     oldest_s: dict[tuple[str, str], float] = field(default_factory=dict)  # age of a consumer's oldest unsettled task
     depths: dict[tuple[str, str], int] = field(default_factory=dict)  # messages by queue and model
     storage: Storage = Storage()
@@ -73,7 +75,7 @@ class QueueReader:
                 state = await self._bus.consumer_state(*key)
             except PipelineError:
                 continue
-            queues.consumers[key] = state
+            queues.consumers[key], queues.takes[key] = state, _takes(consumer)
             queues.oldest_s[key] = await self._oldest_s(consumer, state)
         return queues
 
@@ -114,6 +116,12 @@ class _Oldest:
     ack_floor: int  # the consumer's, when it was looked up
     stored_unix_s: float
     read_s: float  # of the monotonic clock
+
+
+def _takes(consumer: ConsumerSpec) -> tuple[str, str | None]:
+    subject = consumer.filter_subject or names.REQUESTS.any()
+    kind = next(kind for kind in QUEUED if kind.parse(subject))
+    return subject.split(".")[1], None if consumer.filter_subject is None else (kind.parse(subject) or {})["model"]
 
 
 def by_queue(subjects: dict[str, int], served: Iterable[str] = ()) -> dict[tuple[str, str], int]:

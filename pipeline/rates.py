@@ -29,6 +29,7 @@ class Figures:
     """What is looked at of one process's series; of two snapshots' difference as well."""
 
     requests: float = 0.0  # that ended
+    tasks: float = 0.0  # that ended, of whichever stage
     tokens: float = 0.0
     prompt_tokens: float = 0.0
     cached_tokens: float = 0.0
@@ -58,6 +59,7 @@ def _combined(one: Figures, other: Figures, sign: float) -> Figures:
 
     return Figures(
         requests=one.requests + sign * other.requests,
+        tasks=one.tasks + sign * other.tasks,
         tokens=one.tokens + sign * other.tokens,
         prompt_tokens=one.prompt_tokens + sign * other.prompt_tokens,
         cached_tokens=one.cached_tokens + sign * other.cached_tokens,
@@ -73,13 +75,10 @@ def figures_of(snapshot: MetricsSnapshot) -> Figures:
     of: dict[str, list[MetricSample]] = {}
     for sample in (sample for family in snapshot.families for sample in family.samples):
         of.setdefault(sample.name.removeprefix(f"{PREFIX}_"), []).append(sample)
-    ended = (
-        sample.value
-        for sample in of.get("stage_seconds_count", ())
-        if sample.labels.get("stage") == "decode" and sample.labels.get("outcome") not in UNFINISHED
-    )
+    ended = [sample for sample in of.get("stage_seconds_count", ()) if sample.labels.get("outcome") not in UNFINISHED]
     return Figures(
-        requests=sum(ended),
+        requests=sum(sample.value for sample in ended if sample.labels.get("stage") == "decode"),
+        tasks=sum(sample.value for sample in ended),
         tokens=_total(of, "ttft_seconds_count") + _total(of, "itl_seconds_count"),
         prompt_tokens=_total(of, "prompt_tokens_total"),
         cached_tokens=_total(of, "cached_tokens_total"),
@@ -151,9 +150,10 @@ class Window:
 
 @dataclass(frozen=True)
 class Speed:
-    """A model's last seconds. None where nothing was observed."""
+    """A model's or a worker's last seconds. None where nothing was observed."""
 
     requests_per_s: float | None = None
+    tasks_per_s: float | None = None
     tokens_per_s: float | None = None
     hit_rate: float | None = None
     ttft_s_p50: float | None = None
@@ -195,24 +195,36 @@ class Rates:
 
     def speed(self, model: str | None = None) -> Speed:
         """Of one model's workers; None: of all, preprocess workers too."""
-        total, per_s = Figures(), [0.0, 0.0]
-        measured = False
-        for of, window in self._windows.values():
-            change, seconds = window.change()
-            if model not in (None, of) or not seconds:
-                continue
-            measured, total = True, total + change
-            per_s = [per_s[0] + change.requests / seconds, per_s[1] + change.tokens / seconds]
-        if not measured:
-            return Speed()
-        return Speed(
-            requests_per_s=per_s[0],
-            tokens_per_s=per_s[1],
-            hit_rate=total.hit_rate,
-            ttft_s_p50=quantile(total.ttft_s, 0.5),
-            ttft_s_p95=quantile(total.ttft_s, 0.95),
-            itl_s_p50=quantile(total.itl_s, 0.5),
-            itl_s_p95=quantile(total.itl_s, 0.95),
-            errors={code: count for code, count in total.errors.items() if count},
-            redeliveries=total.redeliveries,
-        )
+        return _speed(window for of, window in self._windows.values() if model in (None, of))
+
+    def speed_of(self, role: str, worker: str) -> Speed:
+        """Of one worker."""
+        known = self._windows.get((role, worker))
+        return _speed([known[1]] if known else [])
+
+
+def _speed(windows: Iterable[Window]) -> Speed:
+    """The sum over workers."""
+    total, per_s = Figures(), [0.0, 0.0, 0.0]
+    measured = False
+    for window in windows:
+        change, seconds = window.change()
+        if not seconds:
+            continue
+        measured, total = True, total + change
+        counts = (change.requests, change.tasks, change.tokens)
+        per_s = [sum_per_s + count / seconds for sum_per_s, count in zip(per_s, counts, strict=True)]
+    if not measured:
+        return Speed()
+    return Speed(
+        requests_per_s=per_s[0],
+        tasks_per_s=per_s[1],
+        tokens_per_s=per_s[2],
+        hit_rate=total.hit_rate,
+        ttft_s_p50=quantile(total.ttft_s, 0.5),
+        ttft_s_p95=quantile(total.ttft_s, 0.95),
+        itl_s_p50=quantile(total.itl_s, 0.5),
+        itl_s_p95=quantile(total.itl_s, 0.95),
+        errors={code: count for code, count in total.errors.items() if count},
+        redeliveries=total.redeliveries,
+    )

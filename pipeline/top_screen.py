@@ -137,29 +137,30 @@ def _workers(workers: Sequence[WorkerState], chars: int, room: int | None) -> Gr
     table = _table(("Worker", "Role", "Model", "State"), ("Tasks", "Run", "Wait"), ("KV use",), gap_chars=1)
     shown = list(workers)
     if room is not None and len(shown) > room:
-        shown = sorted(shown, key=lambda state: list(STATE_STYLES).index(_state(state)))[: room - 1]
+        shown = sorted(shown, key=lambda state: list(STATE_STYLES).index(state_word(state)))[: room - 1]
     for state in shown:
         table.add_row(*_worker(state, chars))
     left_out = len(workers) - len(shown)
     return Group(table, *([Text(f"and {left_out} more workers", style="dim")] if left_out else []))
 
 
-def _state(state: WorkerState) -> str:
+def state_word(state: WorkerState) -> str:
+    """One of `STATE_STYLES`."""
     beat = state.heartbeat
     if state.down or beat is None:
         return "silent"
     if beat.draining or beat.ready:
         return "draining" if beat.draining else "ready"
-    return "paused" if beat.paused else "unhealthy" if _wrong(state) else "starting"
+    return "paused" if beat.paused else "unhealthy" if wrong(state) else "starting"
 
 
-def _wrong(state: WorkerState) -> list[str]:
+def wrong(state: WorkerState) -> list[str]:
     """Codes of what is wrong with a worker; one that serves all the same may have some."""
     return [code for code in state.heartbeat.unhealthy if code not in AS_MEANT] if state.heartbeat else []
 
 
 def _worker(state: WorkerState, chars: int) -> tuple[RenderableType, ...]:
-    beat, word = state.heartbeat, _state(state)
+    beat, word = state.heartbeat, state_word(state)
     named = (_cut(state.worker, chars), state.role)
     if beat is None:
         return (*named, "-", Text(word, style=STATE_STYLES[word]), "-", "-", "-", "-")
@@ -184,7 +185,7 @@ def _bar(share: float) -> Text:
 
 def _unhealthy(workers: Sequence[WorkerState]) -> list[Text]:
     """What is wrong, a line a worker."""
-    told = [Text(f"{state.worker}: {', '.join(_wrong(state))}", style="red") for state in workers if _wrong(state)]
+    told = [Text(f"{state.worker}: {', '.join(wrong(state))}", style="red") for state in workers if wrong(state)]
     more = [Text(f"and {len(told) - UNHEALTHY_SHOWN_MAX} more unhealthy workers", style="red")]
     return told[:UNHEALTHY_SHOWN_MAX] + (more if len(told) > UNHEALTHY_SHOWN_MAX else [])
 

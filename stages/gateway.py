@@ -10,6 +10,7 @@ from pipeline.http.app import Gateway, make_app
 from pipeline.http.batches import BatchRoutes
 from pipeline.http.files import FileRoutes
 from pipeline.http.response_routes import ResponseRoutes
+from pipeline.http.console import console_routes
 from pipeline.http.server import listen, serving, url_of
 from pipeline.http.visits import Visits
 from pipeline.worker import Worker
@@ -33,13 +34,15 @@ async def serve(worker: Worker) -> None:
         *ResponseRoutes(gateway, accounts, settings, worker.bus, await worker.bus.bucket(streams.ANSWERS)).routes(),
     ]
     listener = listen(settings.host, settings.port)
-    visits = Visits(make_app(gateway, settings.cors_origins, more), worker.presence.known)
-    worker.works_without_tasks(lambda: visits.in_progress)
+    bus, presence = worker.bus, worker.presence
     runner = BatchRunner(stores, f"{worker.name}-{worker.incarnation}", _pace(worker))
-    async with serving(visits, listener), working(runner):
-        log.info("gateway_served", worker=worker.name, url=url_of(listener))
-        worker.ready = True
-        await worker.until_drained()
+    async with console_routes(bus, presence, accounts, settings, lambda: worker.draining) as console:
+        visits = Visits(make_app(gateway, settings.cors_origins, [*more, *console]), presence.known)
+        worker.works_without_tasks(lambda: visits.in_progress)
+        async with serving(visits, listener), working(runner):
+            log.info("gateway_served", worker=worker.name, url=url_of(listener))
+            worker.ready = True
+            await worker.until_drained()
 
 
 async def _stores(worker: Worker) -> Stores:

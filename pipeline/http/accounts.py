@@ -54,6 +54,11 @@ class Accounts:
         self._accounts: dict[str, Account] = {}
         self._starting = asyncio.Lock()
 
+    @property
+    def open(self) -> bool:
+        """Anyone may ask."""
+        return self._keys is None
+
     async def of(self, authorization: str | None) -> Account:
         """The account behind an `Authorization` header. Raises Unauthorized."""
         visits.current().client = name = self._name(authorization)
