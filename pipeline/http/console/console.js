@@ -60,8 +60,8 @@ byId("forget-key").addEventListener("click", () => {
 // --- the state, once a second ----------------------------------------------------------------------------------------
 
 function live(state, text) {
-  byId("live").dataset.live = state;
-  byId("live").textContent = text;
+  byId("live").parentNode.dataset.live = state;
+  if (byId("live").textContent !== text) byId("live").textContent = text; // read aloud where it changes
 }
 
 async function follow() {
@@ -87,7 +87,8 @@ async function follow() {
 
 function take(state) {
   now = state;
-  live("yes", `live · ${clock(state.unix_s)}`);
+  live("yes", "live");
+  byId("at").textContent = clock(state.unix_s);
   note(state);
   offer(byId("model"), Object.keys(state.models), true);
   show();
