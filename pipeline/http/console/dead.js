@@ -8,12 +8,14 @@ export function startLetters() {
   let known = null; // how many there were
 
   async function load() {
+    byId("letters").setAttribute("aria-busy", "true");
     try {
       const { letters } = await get("api/dead");
       byId("letters").replaceChildren(letters.length ? list(letters) : el("p", { class: "hint" }, "No dead letters: nothing was given up."));
     } catch (error) {
       byId("letters").replaceChildren(el("p", { class: "error" }, error.message));
     }
+    byId("letters").setAttribute("aria-busy", "false");
   }
 
   function list(letters) {
@@ -46,20 +48,28 @@ export function startLetters() {
     const again = await (await post(`api/dead/${seq}/retry`, {})).json();
     const to = `#timeline/${encodeURIComponent(again.request_id)}/${encodeURIComponent(again.client)}`;
     byId("dead-said").replaceChildren(`Letter ${seq} runs again as `, el("a", { href: to }, again.request_id), ".");
-    await load();
+    taken(seq);
   }
 
   async function drop(seq) {
     await post(`api/dead/${seq}/drop`, {});
     byId("dead-said").replaceChildren(`Letter ${seq} is dropped.`);
-    await load();
+    taken(seq);
   }
+
+  /** Its row goes; the others stay as they are, with what is open in them. */
+  function taken(seq) {
+    document.querySelector(`[data-letter="${seq}"]`)?.remove();
+    if (!rows()) load();
+  }
+
+  const rows = () => document.querySelectorAll("[data-letter]").length;
 
   return {
     load,
     /** Their number, as the state tells it: a list that is open is read anew. */
     heard(number) {
-      if (number !== known && !byId("dead").hidden) load();
+      if (number !== known && number !== rows() && !byId("dead").hidden) load();
       known = number;
       byId("tab-dead").textContent = number ? `Dead letters (${number})` : "Dead letters";
     },
