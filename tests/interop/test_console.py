@@ -23,7 +23,7 @@ from subjects import names
 from subjects.codec import encode
 from subjects.messages import DeadLetter
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240), pytest.mark.full]
 MODEL = "smollm2"
 KEY = "sk-console"
 READY_S_MAX = 60.0
