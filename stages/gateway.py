@@ -8,9 +8,9 @@ from pipeline.files import Files
 from pipeline.http.accounts import Accounts, load_keys
 from pipeline.http.app import Gateway, make_app
 from pipeline.http.batches import BatchRoutes
+from pipeline.http.console import console_routes
 from pipeline.http.files import FileRoutes
 from pipeline.http.response_routes import ResponseRoutes
-from pipeline.http.console import console_routes
 from pipeline.http.server import listen, serving, url_of
 from pipeline.http.visits import Visits
 from pipeline.worker import Worker
