@@ -21,6 +21,7 @@ from pipeline.errors import (
     from_failure,
 )
 from pipeline.follow import GRACE_S
+from pipeline.http import visits
 from pipeline.http.accounts import Account, Accounts
 from pipeline.http.app import Gateway, ended_on_error
 from pipeline.http.asked import Asked, parse_body
@@ -79,6 +80,8 @@ class ResponseRoutes:
             settings=wanted.settings(),
             messages=tuple(messages),
         )
+        visit = visits.current()
+        visit.model, visit.request_id = asked.model, asked.request_id
         account.begin()
         exchange = self._gateway.begun(account, asked, request.headers.get("traceparent"))
         return await ended_on_error(exchange, self._answer(request, account, exchange, asked, stored))
