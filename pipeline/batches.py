@@ -24,7 +24,7 @@ from subjects.messages import BatchState
 ENDED: Final = ("failed", "completed", "expired", "cancelled")
 TRIES_MAX: Final = 16
 """Of a change that others' changes come before."""
-_WINDOW: Final = re.compile(r"([1-9]\d{0,4})([smh])", re.ASCII)
+WINDOW: Final = re.compile(r"([1-9]\d{0,4})([smh])", re.ASCII)
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600}
 
 Change = Callable[[BatchState], BatchState]
@@ -40,7 +40,7 @@ class BatchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def window_s(self) -> float:
         """How long the batch may take. Raises InvalidRequest."""
-        found = _WINDOW.fullmatch(self.completion_window)
+        found = WINDOW.fullmatch(self.completion_window)
         seconds = int(found[1]) * _SECONDS[found[2]] if found else 0
         if not 0 < seconds <= limits.BATCH_S_MAX:
             raise InvalidRequest(

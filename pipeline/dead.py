@@ -22,6 +22,7 @@ from subjects.messages import DeadLetter
 
 CONNECT_S_MAX: Final = 3.0
 MESSAGE_CHARS_MAX: Final = 100
+SEQ_MAX: Final = 2**63 - 1
 PREPROCESS: Final = "preprocess"
 """The stage whose letters hold a client's own request; the others' hold a message of ours."""
 
@@ -45,6 +46,8 @@ class DeadLetters:
 
     async def one(self, seq: int) -> DeadLetter:
         """Raises ConfigError where there is none of that number."""
+        if not 1 <= seq <= SEQ_MAX:
+            raise ConfigError(f"there is no dead letter {seq}: their numbers begin with 1", field="seq")
         async for stored in self._bus.read(streams.DEAD.name, names.DEAD.any(), from_seq=seq):
             if stored.seq == seq:
                 return decode(DeadLetter, stored.payload)

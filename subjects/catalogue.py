@@ -151,7 +151,7 @@ def _messages() -> str:
                 f"`{field.encode_name}`",
                 f"`{_type_name(field.type)}`",
                 _default(field),
-                _comments(kind).get(field.name, ""),
+                comments(kind).get(field.name, ""),
             )
             for field in msgspec.structs.fields(kind)
         ]
@@ -179,7 +179,7 @@ def _message_link(payload: str) -> str:
 
 
 @cache
-def _comments(kind: type) -> dict[str, str]:
+def comments(kind: type) -> dict[str, str]:
     """The comment behind each field in the source: that is where its meaning, shape and unit stand."""
     source = inspect.getsource(kind)
     by_line = {

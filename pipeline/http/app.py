@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Match, Route
 
 from pipeline.bus import Bus
 from pipeline.client import check_token
@@ -28,6 +28,9 @@ from pipeline.http.bodies import REQUEST_ID, json_response, read_body
 from pipeline.http.chunks import Chunks, Cursor
 from pipeline.http.embeddings import Embedder
 from pipeline.http.exchange import EventStream, Exchange, events, first_frames, while_there
+from pipeline.http.openapi import described
+from pipeline.http.openapi.document import document
+from pipeline.http.openapi.operations import Documented
 from pipeline.presence import Presence
 from pipeline.served import EMBEDS, GENERATES
 from subjects import names
@@ -54,6 +57,7 @@ class Gateway:
         self._bus, self._presence, self._accounts = bus, presence, accounts
         self._settings, self._health, self._draining = settings, health, draining
         self.embed = Embedder(accounts, settings).embed
+        self._document: dict[str, Any] | None = None
 
     async def chat(self, request: Request) -> Response:
         return await self._generate(request, chat=True)
@@ -94,6 +98,12 @@ class Gateway:
     async def ready(self, _: Request) -> Response:
         now = self._health()
         return json_response(now.to_dict() | {"models": sorted(self._models())}, 200 if now.ready else 503)
+
+    async def openapi(self, request: Request) -> Response:
+        """All routes of this gateway, this one too, as OpenAPI has it."""
+        if self._document is None:
+            self._document = document(request.app.routes, keyed=not self._accounts.open)
+        return json_response(self._document)
 
     async def _account(self, request: Request) -> Account:
         return await self._accounts.of(request.headers.get("authorization"))
@@ -203,7 +213,19 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     message = f"{request.method} {request.url.path[:120]}: {phrase}"
     response = _failed(Failure(code=code, message=message, status=error.status_code))
     response.headers.update(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        response.headers["Allow"] = ", ".join(_methods(request))
     return response
+
+
+def _methods(request: Request) -> list[str]:
+    """What the path of a request can be asked with, whichever of its routes has it."""
+    found: set[str] = set()
+    scope = request.scope | {"path_params": {}, "root_path": request.scope.get("app_root_path", "")}
+    for route in request.app.routes:
+        if route.matches(scope)[0] is not Match.NONE:
+            found |= (route.methods or set()) if isinstance(route, Route) else {"GET", "HEAD"}
+    return sorted(found)
 
 
 async def _on_bug(_: Request, error: Exception) -> Response:
@@ -226,14 +248,15 @@ def make_app(gateway: Gateway, cors_origins: tuple[str, ...], more: Sequence[Bas
     )
     return Starlette(
         routes=[
-            Route("/v1/chat/completions", gateway.chat, methods=["POST"]),
-            Route("/v1/completions", gateway.complete, methods=["POST"]),
-            Route("/v1/embeddings", gateway.embed, methods=["POST"]),
-            Route("/v1/models", gateway.models),
-            Route("/v1/models/{model:path}", gateway.model),
-            Route("/v1/streams/{request_id}", gateway.stream),
-            Route("/health", gateway.live),
-            Route("/ready", gateway.ready),
+            Documented("/v1/chat/completions", gateway.chat, described.CHAT, methods=["POST"]),
+            Documented("/v1/completions", gateway.complete, described.COMPLETE, methods=["POST"]),
+            Documented("/v1/embeddings", gateway.embed, described.EMBED, methods=["POST"]),
+            Documented("/v1/models", gateway.models, described.LIST_MODELS),
+            Documented("/v1/models/{model:path}", gateway.model, described.MODEL),
+            Documented("/v1/streams/{request_id}", gateway.stream, described.RESUME),
+            Documented("/health", gateway.live, described.LIVE),
+            Documented("/ready", gateway.ready, described.READY),
+            Documented("/openapi.json", gateway.openapi, described.DOCUMENT),
             *more,
         ],
         middleware=[cors] if cors_origins else [],

@@ -4,13 +4,14 @@ from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from pipeline.batches import Batches, BatchRequest, batch_body
 from pipeline.errors import InvalidRequest
 from pipeline.files import Files
 from pipeline.http.accounts import Accounts
 from pipeline.http.bodies import json_response, read_body
+from pipeline.http.openapi import described
+from pipeline.http.openapi.operations import Documented
 from pipeline.http.pages import page, read_json
 
 BODY_BYTES_MAX: Final = 64 * 1024
@@ -22,12 +23,12 @@ class BatchRoutes:
     def __init__(self, accounts: Accounts, files: Files, batches: Batches) -> None:
         self._accounts, self._files, self._batches = accounts, files, batches
 
-    def routes(self) -> list[Route]:
+    def routes(self) -> list[Documented]:
         return [
-            Route("/v1/batches", self.create, methods=["POST"]),
-            Route("/v1/batches", self.list),
-            Route("/v1/batches/{batch_id}", self.retrieve),
-            Route("/v1/batches/{batch_id}/cancel", self.cancel, methods=["POST"]),
+            Documented("/v1/batches", self.create, described.CREATE_BATCH, methods=["POST"]),
+            Documented("/v1/batches", self.list, described.LIST_BATCHES),
+            Documented("/v1/batches/{batch_id}", self.retrieve, described.BATCH),
+            Documented("/v1/batches/{batch_id}/cancel", self.cancel, described.CANCEL_BATCH, methods=["POST"]),
         ]
 
     async def create(self, request: Request) -> Response:

@@ -20,7 +20,7 @@ import msgspec
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.routing import BaseRoute, Match
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
@@ -29,8 +29,10 @@ from pipeline.client import check_token
 from pipeline.completion import error_body
 from pipeline.config import GatewaySettings
 from pipeline.dead import DeadLetters, as_json
-from pipeline.errors import BusUnavailable, ConfigError, InvalidRequest, NotPermitted
+from pipeline.errors import BusUnavailable, ConfigError, InvalidRequest, NotFound, NotPermitted
 from pipeline.http.accounts import Accounts
+from pipeline.http.openapi import described
+from pipeline.http.openapi.operations import Documented, DocumentedMount
 from pipeline.http.overview import Overview
 from pipeline.phases import phases
 from pipeline.presence import Presence
@@ -38,6 +40,8 @@ from pipeline.trace import Search, gone, timeline
 from subjects.messages import DeadLetter, Failure
 
 PAGES: Final = Path(__file__).parent / "console"
+API: Final = "/console/api"
+SEQ_CHARS_MAX: Final = 19
 LOOK_S_MAX: Final = 10.0
 """A timeline or a page of letters is read from the streams within this time."""
 LOOKS_MAX: Final = 2
@@ -95,17 +99,16 @@ class Console:
 
     def routes(self) -> list[BaseRoute]:
         """In full, for the gateway's series and log to tell them apart."""
-        api = "/console/api"
         return [
-            Route("/console", _to_the_pages),
-            Route(f"{api}/session", self._guarded(self.session)),
-            Route(f"{api}/state", self._guarded(self.state)),
-            Route(f"{api}/trace/{{request_id}}", self._guarded(self.trace)),
-            Route(f"{api}/dead", self._guarded(self.letters)),
-            Route(f"{api}/dead/{{seq:int}}", self._guarded(self.letter)),
-            Route(f"{api}/dead/{{seq:int}}/retry", self._guarded(self.retry), methods=["POST"]),
-            Route(f"{api}/dead/{{seq:int}}/drop", self._guarded(self.drop), methods=["POST"]),
-            Mount("/console", _Pages(directory=PAGES, html=True)),
+            Documented("/console", _to_the_pages, described.TO_THE_PAGES),
+            Documented(f"{API}/session", self._guarded(self.session), described.SESSION),
+            Documented(f"{API}/state", self._guarded(self.state), described.STATES),
+            Documented(f"{API}/trace/{{request_id}}", self._guarded(self.trace), described.TIMELINE),
+            Documented(f"{API}/dead", self._guarded(self.letters), described.LETTERS),
+            Documented(f"{API}/dead/{{seq}}", self._guarded(self.letter), described.LETTER),
+            Documented(f"{API}/dead/{{seq}}/retry", self._guarded(self.retry), described.RETRY, methods=["POST"]),
+            Documented(f"{API}/dead/{{seq}}/drop", self._guarded(self.drop), described.DROP, methods=["POST"]),
+            _PagesMount("/console", _Pages(directory=PAGES, html=True), described.PAGES),
         ]
 
     async def session(self, _: Request) -> Response:
@@ -144,7 +147,7 @@ class Console:
 
     async def letter(self, request: Request) -> Response:
         try:
-            letter = await self._looked_up(lambda: self._letters.one(request.path_params["seq"]))
+            letter = await self._looked_up(lambda: self._letters.one(_seq(request)))
         except ConfigError as error:
             return _not_found(str(error))
         return _json(json.loads(as_json(letter)))
@@ -152,13 +155,13 @@ class Console:
     async def retry(self, request: Request) -> Response:
         """Publish a letter's work again and remove the letter; whose request it is now."""
         try:
-            client, request_id = await self._letters.retry(request.path_params["seq"])
+            client, request_id = await self._letters.retry(_seq(request))
         except ConfigError as error:
             return _not_found(str(error))
         return _json({"client": client, "request_id": request_id})
 
     async def drop(self, request: Request) -> Response:
-        seq = request.path_params["seq"]
+        seq = _seq(request)
         try:
             await self._letters.one(seq)
         except ConfigError as error:
@@ -196,6 +199,13 @@ class Console:
             raise BusUnavailable(f"the streams could not be read within {LOOK_S_MAX:g} s") from None
         except msgspec.DecodeError as error:
             raise BusUnavailable(f"a message of another release cannot be read: {error}") from None
+
+
+class _PagesMount(DocumentedMount):
+    """Everything below but the API, whose routes say themselves what they are not asked with."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        return (Match.NONE, {}) if scope["path"].startswith(f"{API}/") else super().matches(scope)
 
 
 class _Pages(StaticFiles):
@@ -256,6 +266,14 @@ def refuse_rebound_names(headers: Headers) -> None:
             f"the console of a gateway without API keys answers under an IP address or localhost, not {host[:80]!r}",
             field="Host",
         )
+
+
+def _seq(request: Request) -> int:
+    """The letter that a path names. Raises NotFound for what is no number of one."""
+    text = request.path_params["seq"]
+    if not (text.isascii() and text.isdecimal() and len(text) <= SEQ_CHARS_MAX):
+        raise NotFound(f"there is no dead letter {text[:SEQ_CHARS_MAX]!r}", field="seq")
+    return int(text)
 
 
 def _summary(seq: int, letter: DeadLetter) -> dict[str, Any]:

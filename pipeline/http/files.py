@@ -7,13 +7,15 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import Route
 
 from pipeline.errors import InvalidRequest, PayloadTooLarge
 from pipeline.files import PURPOSES, Files
 from pipeline.http.accounts import Accounts
 from pipeline.http.bodies import DISCARDED_BYTES_MAX, json_response
+from pipeline.http.openapi import described
+from pipeline.http.openapi.operations import Documented
 from pipeline.http.pages import page
+from pipeline.refusals import clipped
 from subjects import limits
 
 FIELDS_MAX: Final = 8
@@ -32,19 +34,20 @@ class FileRoutes:
     def __init__(self, accounts: Accounts, files: Files) -> None:
         self._accounts, self._files = accounts, files
 
-    def routes(self) -> list[Route]:
+    def routes(self) -> list[Documented]:
         return [
-            Route("/v1/files", self.upload, methods=["POST"]),
-            Route("/v1/files", self.list),
-            Route("/v1/files/{file_id}", self.retrieve),
-            Route("/v1/files/{file_id}", self.delete, methods=["DELETE"]),
-            Route("/v1/files/{file_id}/content", self.content),
+            Documented("/v1/files", self.upload, described.UPLOAD, methods=["POST"]),
+            Documented("/v1/files", self.list, described.LIST_FILES),
+            Documented("/v1/files/{file_id}", self.retrieve, described.FILE),
+            Documented("/v1/files/{file_id}", self.delete, described.DELETE_FILE, methods=["DELETE"]),
+            Documented("/v1/files/{file_id}/content", self.content, described.FILE_CONTENT),
         ]
 
     async def upload(self, request: Request) -> Response:
         client = await self._client(request)
         form = await _form(request)
         try:
+            _check_names(form)
             upload, purpose = form.get("file"), form.get("purpose")
             if not isinstance(upload, UploadFile):
                 raise InvalidRequest("file: send the file as a part of this name", field="file")
@@ -127,6 +130,16 @@ async def _discarded(request: Request) -> None:
 async def _content(upload: UploadFile) -> AsyncIterator[bytes]:
     while part := await upload.read(READ_BYTES):
         yield part
+
+
+def _check_names(form: FormData) -> None:
+    """Raises InvalidRequest for a field that is none of ours, or is there twice: nothing is dropped in silence."""
+    names = [name for name, _ in form.multi_items()]
+    for name in names:
+        if name not in ("file", "purpose", ANCHOR, SECONDS):
+            raise InvalidRequest(f"{clipped(name)}: unknown field", field=clipped(name))
+        if names.count(name) > 1:
+            raise InvalidRequest(f"{name}: is there twice", field=name)
 
 
 def _kept_s(form: FormData) -> float:

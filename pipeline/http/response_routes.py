@@ -8,7 +8,6 @@ import msgspec
 import structlog
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from pipeline.bus import Bucket, Bus
 from pipeline.config import GatewaySettings
@@ -27,6 +26,8 @@ from pipeline.http.app import Gateway, ended_on_error
 from pipeline.http.asked import Asked, parse_body
 from pipeline.http.bodies import REQUEST_ID, json_response, read_body
 from pipeline.http.exchange import EventStream, Exchange, events, first_frames, while_there
+from pipeline.http.openapi import described
+from pipeline.http.openapi.operations import Documented
 from pipeline.http.pages import read_json
 from pipeline.http.responses import (
     ID_PREFIX,
@@ -56,12 +57,12 @@ class ResponseRoutes:
         self._gateway, self._accounts, self._settings = gateway, accounts, settings
         self._bus, self._kept = bus, kept
 
-    def routes(self) -> list[Route]:
+    def routes(self) -> list[Documented]:
         return [
-            Route("/v1/responses", self.create, methods=["POST"]),
-            Route("/v1/responses/{response_id}", self.retrieve),
-            Route("/v1/responses/{response_id}", self.delete, methods=["DELETE"]),
-            Route("/v1/responses/{response_id}/cancel", self.cancel, methods=["POST"]),
+            Documented("/v1/responses", self.create, described.RESPOND, methods=["POST"]),
+            Documented("/v1/responses/{response_id}", self.retrieve, described.RESPONSE),
+            Documented("/v1/responses/{response_id}", self.delete, described.DELETE_RESPONSE, methods=["DELETE"]),
+            Documented("/v1/responses/{response_id}/cancel", self.cancel, described.CANCEL_RESPONSE, methods=["POST"]),
         ]
 
     async def create(self, request: Request) -> Response:
@@ -89,15 +90,13 @@ class ResponseRoutes:
     async def retrieve(self, request: Request) -> Response:
         """As it is now, or with `stream` its events behind `starting_after`, from the log."""
         account = await self._account(request)
+        stream, after = _wanted(request)
         stored = await self._stored(account, request.path_params["response_id"])
-        if request.query_params.get("stream") != "true":
+        if not stream:
             return json_response(await self._now(account, stored))
-        text = request.query_params.get("starting_after", "-1")
-        if text != "-1" and not (text.isascii() and text.isdecimal() and len(text) <= 9):
-            raise InvalidRequest("starting_after: is no sequence number", field="starting_after")
         account.begin()
         exchange = Exchange(account.client.resume(stored.request_id), lambda _: account.end())
-        told = ResponseEvents(stored, int(text))
+        told = ResponseEvents(stored, after)
         return await ended_on_error(exchange, self._streamed(request, exchange, told))
 
     async def delete(self, request: Request) -> Response:
@@ -203,3 +202,13 @@ class ResponseRoutes:
             log.warning("response_not_kept", request_id=stored.request_id, code=error.code, reason=str(error))
             return False
         return True
+
+
+def _wanted(request: Request) -> tuple[bool, int]:
+    """Whether a response is asked for as a stream, and behind which event. Raises InvalidRequest."""
+    stream, text = request.query_params.get("stream", "false"), request.query_params.get("starting_after", "-1")
+    if stream not in ("true", "false"):
+        raise InvalidRequest("stream: must be true or false", field="stream")
+    if text != "-1" and not (text.isascii() and text.isdecimal() and len(text) <= 9):
+        raise InvalidRequest("starting_after: is no sequence number", field="starting_after")
+    return stream == "true", int(text)

@@ -79,6 +79,13 @@ async def consoles(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Co
         await consoles.http.aclose()
 
 
+async def test_a_letter_that_cannot_be_is_not_found_at_once(consoles: Consoles):
+    async with asyncio.timeout(2.0):  # a number that no letter has was looked for until the broker's time was up
+        for seq in ("0", "-1", "99999999", str(2**63), "9" * 5_000, "x"):
+            for answer in (await consoles.get(f"{API}/dead/{seq}"), await consoles.post(f"{API}/dead/{seq}/drop")):
+                assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found"), seq[:20]
+
+
 async def test_pages_of_other_sites_may_not_use_it(consoles: Consoles):
     seq = await bury(consoles, "cross")
     evil = ({"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"})
@@ -89,7 +96,7 @@ async def test_pages_of_other_sites_may_not_use_it(consoles: Consoles):
         assert (await consoles.get(f"{API}/dead", **headers)).status_code == 403, headers
     as_form = {"Content-Type": "application/x-www-form-urlencoded"}
     assert (await consoles.post(f"{API}/dead/{seq}/drop", **as_form)).status_code == 400
-    assert (await consoles.get(f"{API}/dead/{seq}/drop")).status_code == 404
+    assert (await consoles.get(f"{API}/dead/{seq}/drop")).status_code == 405
     assert (await consoles.get(f"{API}/dead/{seq}")).status_code == 200, "nothing of that has dropped it"
     assert (await consoles.post(f"{API}/dead/{seq}/drop", Origin=consoles.open)).status_code == 200
 

@@ -137,7 +137,7 @@ async def test_a_file_is_kept_listed_read_and_deleted(serving: Serving):
 @pytest.mark.parametrize(
     ("form", "field"),
     [
-        ({"data": {"purpose": "batch"}, "files": {"other": b"x"}}, "file"),
+        ({"data": {"purpose": "batch"}, "files": {"other": b"x"}}, "other"),
         ({"data": {"purpose": "poetry"}, "files": {"file": b"x"}}, "purpose"),
         ({"data": {"purpose": "batch"}, "files": {"file": b""}}, "file"),
         ({"data": {"purpose": "batch", "expires_after[seconds]": "9"}, "files": {"file": b"x"}}, "expires_after"),

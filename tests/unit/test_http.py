@@ -53,7 +53,7 @@ FRAMES = [
     ),
 ]
 
-ROUTES = ("chat", "complete", "embed", "models", "model", "stream", "live", "ready")
+ROUTES = ("chat", "complete", "embed", "models", "model", "stream", "live", "ready", "openapi")
 """The gateway's handlers."""
 
 
