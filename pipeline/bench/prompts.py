@@ -1,5 +1,6 @@
 """Prompts that mean nothing, of a wanted length, as words or as token ids; the same for the same seed. Pure."""
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Final
@@ -18,6 +19,10 @@ WORDS: Final = tuple(
     "guy moment air teacher force education".split()
 )
 """Mostly one token each in the tokenizers of today; how many, the server's usage says."""
+SHAREGPT_INPUT: Final = (math.log(161) - 1.2**2 / 2, 1.2)
+"""Of a log-normal distribution, whose mean is that of the turns in ShareGPT (Kwon et al. 2023, section 6.1): 161 ..."""
+SHAREGPT_OUTPUT: Final = (math.log(338) - 0.9**2 / 2, 0.9)
+"""... and 338 tokens. The shapes are ours: many short ones, a long tail."""
 
 Prompt = str | tuple[int, ...]
 Units = Sequence[int]
@@ -51,6 +56,12 @@ class Synthetic:
         """Of a request's prompt, in units, and of its answer, in tokens."""
         drawn = random.Random(f"{self._seed}/lengths/{index}")
         settings = self._settings
+        if settings.lengths == "sharegpt":
+            asked, answered = (round(drawn.lognormvariate(*shape)) for shape in (SHAREGPT_INPUT, SHAREGPT_OUTPUT))
+            return (
+                min(max(asked, settings.input_min), settings.input_max),
+                min(max(answered, settings.output_min), settings.output_max),
+            )
         return (
             drawn.randint(settings.input_min, settings.input_max),
             drawn.randint(settings.output_min, settings.output_max),

@@ -13,6 +13,7 @@ FILE_BYTES_MAX: Final = 512 * 1024 * 1024
 
 Arrivals = Literal["closed", "poisson", "fixed", "trace"]
 Unit = Literal["words", "tokens"]
+Lengths = Literal["even", "sharegpt"]
 Outcome = Literal["ok", "rejected", "failed"]
 
 
@@ -40,8 +41,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     speedup: float = 1.0  # trace: its clock runs so much faster
     requests: int = 100
     issue_s_max: float = 300.0  # none is sent later
-    input_min: int = 128  # words or tokens of a prompt, drawn evenly from here ...
-    input_max: int = 128  # ... to here
+    lengths: Lengths = "even"  # drawn evenly between the limits; or as of ShareGPT's turns, cut at the limits
+    input_min: int = 128  # words or tokens of a prompt
+    input_max: int = 128
     output_min: int = 32
     output_max: int = 32
     unit: Unit = "words"
@@ -105,6 +107,25 @@ class Generator(msgspec.Struct, frozen=True, kw_only=True):
     in_flight_max: int = 0
 
 
+class ProcessCpu(msgspec.Struct, frozen=True, kw_only=True):
+    """What a process spent from the run's begin to its end, the second or so around it included."""
+
+    name: str  # a worker's; or as --pid calls it
+    role: str = ""
+    cpu_s: float
+    descendants_cpu_s: float = 0.0  # what it started: an engine's processes
+
+
+class Transfers(msgspec.Struct, frozen=True, kw_only=True):
+    """KV that prefill wrote to decode during the run, as the handshake's messages tell."""
+
+    handshake_ms: Distribution | None = None  # from decode's sending of a transfer message to prefill's receiving
+    write_ms: Distribution | None = None  # from handing a prompt's last KV to NIXL to the end of its write
+    transfer_ms: Distribution | None = None  # from the transfer message to the end of the write: the forward pass too
+    count: int = 0
+    kv_bytes: int = 0
+
+
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """The figures of a run. None: nothing was measured, or the server did not say."""
 
@@ -147,6 +168,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     settings: Settings
     summary: Summary
     generator: Generator
+    processes: tuple[ProcessCpu, ...] = ()
+    transfers: Transfers | None = None
     warnings: tuple[str, ...] = ()
     requests: tuple[Seen, ...] = ()
 
