@@ -419,7 +419,8 @@ app.add_typer(bench, name="bench", rich_help_panel=ASK)
 PlotsOption = Annotated[Path | None, typer.Option("--plots", metavar="FOLDER", help="Draw PNG files there.")]
 RateOption = Annotated[float | None, typer.Option(min=1e-3, help="Open loop: requests a second.")]
 TraceOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Open loop: times and lengths of a Mooncake trace (JSONL).")
+    Path | None,
+    typer.Option("--trace", metavar="FILE", help="Open loop: times and lengths of a Mooncake trace (JSONL)."),
 ]
 PidOption = Annotated[
     list[str] | None,

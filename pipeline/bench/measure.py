@@ -71,7 +71,7 @@ def e2e_ms(seen: Seen) -> float:
 
 
 def is_good(seen: Seen, slo: Slo) -> bool:
-    """Whether a request ended well and within every limit. One token has no TPOT to miss; no token has no TTFT to keep."""
+    """Whether a request ended well and within every limit. One token has no TPOT to miss, no token no TTFT to keep."""
     if outcome(seen) != "ok":
         return False
     first_ms, per_token_ms = ttft_ms(seen), tpot_ms(seen)

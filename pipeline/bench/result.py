@@ -29,7 +29,7 @@ class Slo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked for. The same settings ask the same prompts, at the same times where they do not follow answers."""
+    """What was asked for. The same settings ask the same prompts, in an open loop at the same times."""
 
     target: Literal["nats", "http"] = "nats"
     url: str = ""  # without credentials

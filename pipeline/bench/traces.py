@@ -1,7 +1,8 @@
 """Traces of real traffic in Mooncake's form: a line of JSON a request, without its words. Pure but for the reading.
 
 `timestamp` is in ms, `input_length` and `output_length` are in tokens, and each of `hash_ids` stands for a block of 512
-prompt tokens: requests that begin with the same ids begin with the same text. Source: kvcache-ai/Mooncake, FAST25-release.
+prompt tokens: requests that begin with the same ids begin with the same text. Source: kvcache-ai/Mooncake,
+FAST25-release.
 """
 
 from collections.abc import Iterable
