@@ -10,8 +10,10 @@ import pytest
 import pytest_asyncio
 
 from pipeline.bench import result
+from pipeline.bus import Bus
 from pipeline.config import GatewaySettings, GroupSettings, SimulatedSettings, load_topology
 from pipeline.local import LocalTopology, running
+from subjects import names
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
 READY_S_MAX = 60.0
@@ -73,8 +75,7 @@ async def test_ctrl_c_leaves_the_figures_so_far(local: LocalTopology, tmp_path) 
     process = await bench(
         local, "--rate", "50", "--fixed", "--requests", "100000", "--warmup", "0", "--output", "2", "--out", str(file)
     )
-    subjects = await asyncio.wait_for(_first_task(local), RUN_S_MAX)
-    assert subjects
+    await asyncio.wait_for(_answers_have_begun(local), RUN_S_MAX)
     process.send_signal(signal.SIGINT)
     said = await said_at_end(process)
     assert process.returncode == 0, said
@@ -82,17 +83,10 @@ async def test_ctrl_c_leaves_the_figures_so_far(local: LocalTopology, tmp_path) 
     assert 0 < result.read(file).summary.ok < 1_000
 
 
-async def _first_task(local: LocalTopology) -> int:
-    """Returns when the load has been answered some times."""
-    from pipeline.bus import Bus
-    from subjects import names
-
+async def _answers_have_begun(local: LocalTopology) -> None:
     bus = await Bus.connect(local.url, name="test")
     heard: asyncio.Queue[str] = asyncio.Queue()
     await bus.subscribe(names.RESPONSES.any(), lambda received: heard.put_nowait(received.subject))
-    count = 0
-    while count < 40:
+    for _ in range(40):
         await heard.get()
-        count += 1
     await bus.close()
-    return count
