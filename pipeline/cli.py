@@ -472,11 +472,7 @@ def bench_run(
     from pipeline.bench.result import Settings
 
     log.configure("error")
-    inputs, outputs = (
-        ((4, 1024), (4, 1024))
-        if sharegpt
-        else (command.span_of(prompt_length, "input"), command.span_of(answer_length, "output"))
-    )
+    inputs, outputs = command.spans_of(prompt_length, answer_length, sharegpt=sharegpt)
     settings = Settings(
         target="http" if url else "nats", url=url or "", model=model or "",
         arrivals="trace" if trace_file else "closed" if rate is None else "fixed" if fixed else "poisson",
@@ -487,10 +483,9 @@ def bench_run(
         prefixes=prefixes, chat=chat, ignore_eos=not eos, warmup=warmup, seed=seed, deadline_s=deadline_s,
         slo=command.slo_of(slo),
     )  # fmt: skip
-    code = command.run(
-        settings, nats=nats if url else nats or config.nats_url(), trace=trace_file,
-        pids=command.pids_of(_pairs(pid, "pid")), label=label, file=file, plots_folder=plots,
-    )  # fmt: skip
+    nats = nats if url else nats or config.nats_url()
+    pids = command.pids_of(_pairs(pid, "pid"))
+    code = command.run(settings, nats=nats, trace=trace_file, pids=pids, label=label, file=file, plots_folder=plots)
     raise typer.Exit(code)
 
 

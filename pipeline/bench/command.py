@@ -32,6 +32,8 @@ from pipeline.screen import PLAIN_S, err, out, table
 
 TICK_S: Final = 0.2
 KEY_VARIABLE: Final = "OPENAI_API_KEY"
+SHAREGPT_SPAN: Final = (4, 1024)
+"""Longer and shorter turns are left out of a ShareGPT load by others too (vLLM's and SGLang's benchmarks)."""
 SLO_LIMITS: Final = ("ttft", "tpot", "e2e")
 
 
@@ -49,6 +51,13 @@ def span_of(text: str, field: str) -> tuple[int, int]:
     if not 1 <= found[0] <= found[1]:
         raise ConfigError(f"--{field} takes a length as 128, or a span of lengths as 64:256, not {text!r}", field=field)
     return found
+
+
+def spans_of(prompt: str, answer: str, *, sharegpt: bool) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The lengths of prompts and of answers, or the limits at which ShareGPT's are cut. Raises ConfigError."""
+    if sharegpt:
+        return SHAREGPT_SPAN, SHAREGPT_SPAN
+    return span_of(prompt, "input"), span_of(answer, "output")
 
 
 def slo_of(text: str | None) -> Slo:
@@ -96,7 +105,7 @@ def run(
     `nats`: the broker; without it a run over HTTP looks at no worker.
     """
     check(settings)
-    done = uvloop.run(_run(settings, nats, trace, pids, label))
+    done = uvloop.run(measured(settings, nats, trace, pids, label))
     shown = [tuple(row.cells()) for row in report.rows([done])]
     out.print(table("", (done.label, ""), shown))
     for doubt in done.warnings:
@@ -130,9 +139,10 @@ def _draw(drawn: Sequence[Result], folder: Path) -> None:
     err.print(f"written: {', '.join(map(str, written))}", markup=False)
 
 
-async def _run(
+async def measured(
     settings: Settings, nats: str | None, trace: Path | None, pids: Mapping[str, int], label: str | None
 ) -> Result:
+    """Do a run. Raises PipelineError."""
     async with AsyncExitStack() as stack:
         settings, target = await _open(stack, settings, nats)
         works, first = plan(settings, trace), warmup(settings)
