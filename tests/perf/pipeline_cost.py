@@ -120,6 +120,7 @@ async def measure(runs: int, requests: int, levels: list[int]) -> None:
             await local.start()
             async with asyncio.timeout(START_S_MAX):
                 await local.until_ready()
+            gateway = local.gateway_addresses()[0]  # of its log's end: later it is too far back
             connection = await nats.connect(local.url)
             bare = StreamConfig(name="BARE", subjects=list(QUEUES), retention="workqueue")
             await connection.jetstream().add_stream(bare)
@@ -133,7 +134,6 @@ async def measure(runs: int, requests: int, levels: list[int]) -> None:
                         asked = min(requests, 100 * level)
                         found[level, "bare nats-py"].append(await load_bare(local.url, level, asked))
                         found[level, "NATS"].append(await load_pipeline(local.url, level, asked, None))
-                        gateway = local.gateway_addresses()[0]
                         found[level, "gateway"].append(await load_pipeline(local.url, level, asked, gateway))
             finally:
                 for server in servers:
