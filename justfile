@@ -32,6 +32,10 @@ check: setup
 faults *args: setup
     {{bin}}/pytest tests/faults -m "not engine" {{args}}
 
+# Measure what the pipeline itself costs, beside bare nats-py; needs a machine with nothing else to do
+bench *args: setup
+    @{{bin}}/python tests/perf/pipeline_cost.py {{args}}
+
 # Write docs/subjects.md from the code
 subjects: setup
     @{{bin}}/sglang-nats subjects

@@ -412,6 +412,94 @@ def subjects(
         raise ConfigError(f"{to} is not what the code declares: run `just subjects`", field="out")
 
 
+# --- measure ----------------------------------------------------------------------------------------
+
+bench = typer.Typer(help="Measure a served model under load: times, throughput, goodput, CPU.")
+app.add_typer(bench, name="bench", rich_help_panel=ASK)
+PlotsOption = Annotated[Path | None, typer.Option("--plots", metavar="FOLDER", help="Draw PNG files there.")]
+RateOption = Annotated[float | None, typer.Option(min=1e-3, help="Open loop: requests a second.")]
+TraceOption = Annotated[
+    Path | None,
+    typer.Option("--trace", metavar="FILE", help="Open loop: times and lengths of a Mooncake trace (JSONL)."),
+]
+PidOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=PID", help="Count the CPU of this process here and its children; may be repeated."),
+]
+
+
+@bench.callback(invoke_without_command=True)
+def bench_run(
+    context: typer.Context,
+    url: Annotated[str | None, typer.Option(help="Ask this OpenAI HTTP server; default: over NATS.")] = None,
+    model: ModelOption = None,
+    concurrency: Annotated[int, typer.Option(min=1, max=20_000, help="Closed loop: so many at once.")] = 16,
+    rate: RateOption = None,
+    fixed: Annotated[bool, typer.Option("--fixed", help="With --rate: evenly spaced, not Poisson.")] = False,
+    trace_file: TraceOption = None,
+    speedup: Annotated[float, typer.Option(min=1e-3, help="The trace's clock runs so much faster.")] = 1.0,
+    requests: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many to send.")] = 200,
+    issue_s: Annotated[float, typer.Option("--for", metavar="SECONDS", min=0.1, help="Send none later.")] = 300.0,
+    prompt_length: Annotated[
+        str, typer.Option("--input", metavar="N[:M]", help="A prompt's length, or a span.")
+    ] = "128",
+    answer_length: Annotated[
+        str, typer.Option("--output", metavar="N[:M]", help="An answer's tokens, or a span.")
+    ] = "32",
+    sharegpt: Annotated[bool, typer.Option("--sharegpt", help="Lengths spread as those of ShareGPT's turns.")] = False,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Prompts are token ids, not words.")] = False,
+    shared: Annotated[float, typer.Option("--shared-prefix", min=0, max=1, help="Share of a prompt that repeats.")] = 0,
+    prefixes: Annotated[int, typer.Option(min=1, help="So many different shared prefixes.")] = 1,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask as a chat with one message.")] = False,
+    eos: Annotated[bool, typer.Option("--eos", help="Let the model end its answer before the wanted length.")] = False,
+    warmup: Annotated[int, typer.Option(min=0, max=10_000, help="Requests before, not counted.")] = 8,
+    seed: Annotated[int, typer.Option(help="The same seed asks the same at the same times.")] = 0,
+    deadline_s: Annotated[float, typer.Option("--deadline", metavar="SECONDS", min=0.1, help="Of a request.")] = 120.0,
+    slo: Annotated[str | None, typer.Option(metavar="LIMITS", help="For goodput, in ms: ttft=200,tpot=20.")] = None,
+    pid: PidOption = None,
+    label: Annotated[str | None, typer.Option(help="What the run is called in tables.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Result as JSON; default: bench-*.json.")
+    ] = None,
+    plots: PlotsOption = None,
+    nats: NatsOption = None,
+) -> None:
+    """Send a load to a model, over NATS or HTTP, and print what came of it. Ctrl-C ends it with the figures so far."""
+    if context.invoked_subcommand:
+        return
+    from pipeline import log
+    from pipeline.bench import command
+    from pipeline.bench.result import Settings
+
+    log.configure("error")
+    inputs, outputs = command.spans_of(prompt_length, answer_length, sharegpt=sharegpt)
+    settings = Settings(
+        target="http" if url else "nats", url=url or "", model=model or "",
+        arrivals="trace" if trace_file else "closed" if rate is None else "fixed" if fixed else "poisson",
+        concurrency=None if trace_file or rate else concurrency, rate_per_s=rate,
+        trace=trace_file.name if trace_file else None, speedup=speedup, requests=requests, issue_s_max=issue_s,
+        lengths="sharegpt" if sharegpt else "even", input_min=inputs[0], input_max=inputs[1],
+        output_min=outputs[0], output_max=outputs[1], unit="tokens" if tokens else "words", shared_prefix=shared,
+        prefixes=prefixes, chat=chat, ignore_eos=not eos, warmup=warmup, seed=seed, deadline_s=deadline_s,
+        slo=command.slo_of(slo),
+    )  # fmt: skip
+    nats = nats if url else nats or config.nats_url()
+    pids = command.pids_of(_pairs(pid, "pid"))
+    code = command.run(settings, nats=nats, trace=trace_file, pids=pids, label=label, file=file, plots_folder=plots)
+    raise typer.Exit(code)
+
+
+@bench.command("compare")
+def bench_compare(
+    files: Annotated[list[Path], typer.Argument(metavar="RESULT.json...", help="Runs; the first is compared with.")],
+    plots: PlotsOption = None,
+) -> None:
+    """Print runs side by side as a Markdown table, with ratios to the first one."""
+    from pipeline.bench import command
+
+    raise typer.Exit(command.compare(files, plots))
+
+
 # --- run the pipeline -------------------------------------------------------------------------------
 
 dead_letters = typer.Typer(help="Work that was given up: look at it, try it again, or drop it.", no_args_is_help=True)

@@ -11,12 +11,14 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
+from pipeline.process_cpu import DescendantsCollector
 from subjects.messages import MetricFamily, MetricSample, Usage
 
 PREFIX: Final = "sglang_nats"
 
 REGISTRY: Final = CollectorRegistry()
 ProcessCollector(namespace=PREFIX, registry=REGISTRY)
+REGISTRY.register(DescendantsCollector(f"{PREFIX}_descendants_cpu_seconds"))
 
 STAGE_SECONDS: Final = Histogram(
     "stage_seconds",

@@ -12,6 +12,7 @@ COMMANDS = (
     "request",
     "resume",
     "batch",
+    "bench",
     "cancel",
     "drain",
     "pause",
