@@ -87,7 +87,7 @@ async def bury(url: str) -> None:
 
 async def pictures(local: LocalTopology, page: Page, out: Path) -> None:
     """Chat, kill the owner in the middle, and take the pictures on the way."""
-    await page.look(1280, 800, scale=1)
+    await page.look(1280, 860, scale=1)
     await page.goto(f"{local.gateway_addresses()[0]}/console")
     await page.until("document.getElementById('chat-model').value", SEEN_S_MAX)
     await asyncio.sleep(LOADED_S)
@@ -99,16 +99,16 @@ async def pictures(local: LocalTopology, page: Page, out: Path) -> None:
     await page.click("li[data-role=assistant]:last-child .meta a")
     await page.until("document.querySelectorAll('.phase').length > 4", SEEN_S_MAX)
     await page.screenshot(out / "console.png")
-    await page.look(1280, 800, scale=1, dark=True)
+    await page.look(1280, 860, scale=1, dark=True)
     (child,) = (child for child in local.children if child.name == "decode-1")
     assert child.process
     os.killpg(child.process.pid, signal.SIGKILL)
-    await page.until("document.querySelector('[data-worker=decode-1]').dataset.died === 'yes'", SEEN_S_MAX)
     await page.click("#tab-log")
+    await page.until("document.getElementById('happened').textContent.includes('decode-1 was restarted')", SEEN_S_MAX)
     await page.screenshot(out / "console-dark.png")
-    await page.look(390, 844, scale=2, phone=True)
+    await page.look(400, 860, scale=2, phone=True)
     await page.click("#tab-dead")
-    await page.until("document.querySelector('#picture svg').clientWidth < 390", SEEN_S_MAX)
+    await page.until("document.querySelector('#picture svg').clientWidth < 400", SEEN_S_MAX)
     await page.screenshot(out / "console-phone.png")
     assert await page.said() == []
 

@@ -146,7 +146,7 @@ function figures(state, model) {
     ["ITL p50", ...two(speed.itl_s_p50, speed.itl_s_p95), speed.itl_s_p50],
     ["KV hit rate", share(speed.hit_rate), "of prompt tokens", speed.hit_rate],
     ["Leases", count(leased), leased ? `oldest ${seconds(oldest_s)}` : "tasks in work", leased],
-    ["Redeliveries", count(speed.redeliveries), "tasks taken again", null, speed.redeliveries >= 1 ? "warn" : ""],
+    ["Redeliveries", count(speed.redeliveries), "taken again", null, speed.redeliveries >= 1 ? "warn" : ""],
     ["Errors", count(failed), errors.map(([code, value]) => `${code} ${Math.round(value)}`).join(", ") || "none", null, failed ? "bad" : ""],
     ["Dead letters", count(state.dead_letters), "given up", null, state.dead_letters ? "bad" : ""],
   ];

@@ -149,12 +149,16 @@ function place(drawing, column, y) {
     column.ends.push(y + row / 2);
     y += row + GAP;
   }
-  if (workers.length > shown.length)
+  column.bottom = y - GAP;
+  if (workers.length > shown.length) {
     drawing.over.push(svg("text", { class: "faint", x: x + width / 2, y: y + 14, "text-anchor": "middle" }, `and ${workers.length - shown.length} more`));
+    column.bottom = y + 20;
+  }
   if (workers.length === 0 && !column.clients) {
     drawing.over.push(svg("rect", { class: "none", x, y, width, height: ROW_PX.plain, rx: 7 }));
     drawing.over.push(svg("text", { class: "faint", x: x + width / 2, y: y + 27, "text-anchor": "middle" }, "nobody is up"));
     column.ends.push(y + ROW_PX.plain / 2);
+    column.bottom = y + ROW_PX.plain;
   }
 }
 
@@ -179,7 +183,7 @@ function link(drawing, left, right, queue, middle, back) {
   const from = left.x + left.width;
   const to = right.x;
   const x = (from + to - QUEUE.width) / 2;
-  const y = middle - (back ? 14 : 0);
+  const y = middle - (back ? 24 : 0);
   const flows = queue.per_s > 0 ? "edge flows" : "edge";
   const tip = queue.per_s > 0 ? "url(#arrow)" : "url(#arrow-still)";
   for (const end of left.ends) drawing.under.push(curve(from, end, x, y, flows));
@@ -189,9 +193,9 @@ function link(drawing, left, right, queue, middle, back) {
   drawing.over.push(svg("text", { class: "rate", x: (from + to) / 2, y: above, "text-anchor": "middle" },
     svg("tspan", { class: "small" }, `${queue.name} · `), `${rate(queue.per_s)}/s`));
   if (!back) return;
-  const low = y + QUEUE.height / 2 + 16;
-  drawing.under.push(svg("path", { class: "kv", d: `M${to} ${low}H${from + 3}`, "marker-end": "url(#arrow-kv)" }));
-  drawing.over.push(svg("text", { class: "rate", x: (from + to) / 2, y: low + 15, "text-anchor": "middle" }, "KV pages"));
+  const low = y + QUEUE.height / 2 + 13;
+  drawing.under.push(svg("path", { class: queue.per_s > 0 ? "kv" : "kv idle", d: `M${to} ${low}H${from + 3}`, "marker-end": "url(#arrow-kv)" }));
+  drawing.over.push(svg("text", { class: "rate", x: (from + to) / 2, y: low + 16, "text-anchor": "middle" }, "KV pages"));
 }
 
 function curve(x1, y1, x2, y2, how, tip) {
@@ -206,9 +210,9 @@ function answers(drawing, columns, tokens_per_s, y) {
   const from = decode.x + decode.width / 2;
   const to = first.x + first.width / 2;
   const flows = tokens_per_s > 0 ? "edge flows" : "edge";
-  const start = Math.max(...decode.ends) + 34;
-  const end = Math.max(...first.ends) + 26;
-  drawing.under.push(svg("path", { class: flows, d: `M${from} ${Math.min(start, y - 8)}V${y - 8}Q${from} ${y} ${from - 8} ${y}H${to + 8}Q${to} ${y} ${to} ${y - 8}V${Math.min(end, y - 9)}`, "marker-end": "url(#arrow)" }));
+  const start = decode.bottom + 3;
+  const end = first.bottom + 4;
+  drawing.under.push(svg("path", { class: flows, d: `M${from} ${Math.min(start, y - 8)}V${y - 8}Q${from} ${y} ${from - 8} ${y}H${to + 8}Q${to} ${y} ${to} ${y - 8}V${Math.min(end, y - 9)}`, "marker-end": tokens_per_s > 0 ? "url(#arrow)" : "url(#arrow-still)" }));
   drawing.over.push(svg("text", { class: "rate", x: (from + to) / 2, y: y - 6, "text-anchor": "middle" }, `answers: ${rate(tokens_per_s)} tokens/s`));
 }
 
@@ -295,7 +299,7 @@ function box(worker, x, y, width, height) {
     svg("text", { class: "name", x: x + 22, y: line }, name),
     svg("text", { class: small && worker.note ? "note" : "word", x: x + width - 9, y: line, "text-anchor": "end" }, word),
   ];
-  if (small) parts.push(...load(worker, x + 30 + 7.2 * name.length, line - 6, width - 46 - 7.2 * name.length - 6.4 * word.length));
+  if (small) parts.push(...load(worker, x + 30 + 8.2 * name.length, line - 6, width - 46 - 8.2 * name.length - 6.4 * word.length));
   else parts.push(...rows(worker, x + 10, y, width - 20, height));
   return svg("g", { class: "worker", "data-worker": worker.worker, "data-role": worker.role, "data-state": worker.state, "data-died": worker.red || worker.state === "gone" ? "yes" : null, "data-in-flight": worker.in_flight }, ...parts);
 }
@@ -394,7 +398,7 @@ function queueBox(queue, x, y) {
 function queueStrip(queue, x, y, width) {
   return queueGroup(queue,
     svg("rect", { class: "body", x, y, width, height: STRIP_PX, rx: 9 }),
-    svg("text", { x: x + 11, y: y + 20 }, ...waitingOf(queue), svg("tspan", { class: "small", dx: 3 }, `for ${queue.name}`)),
+    svg("text", { x: x + 11, y: y + 20 }, ...waitingOf(queue), svg("tspan", { class: "small", dx: 3 }, `· ${queue.name}`)),
     svg("text", { x: x + width - 11, y: y + 20, "text-anchor": "end" }, `${rate(queue.per_s)}/s`),
     ...ticks(queue, x + 11, y + 29, Math.max(60, width - 160)),
     svg("text", { class: "small", x: x + width - 11, y: y + 37, "text-anchor": "end" }, leasedOf(queue)));
