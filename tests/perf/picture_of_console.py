@@ -91,25 +91,28 @@ async def pictures(local: LocalTopology, page: Page, out: Path) -> None:
     await page.goto(f"{local.gateway_addresses()[0]}/console")
     await page.until("document.getElementById('chat-model').value", SEEN_S_MAX)
     await asyncio.sleep(LOADED_S)
-    await page.value("document.getElementById('max-tokens').value = 160")
+    await page.value("document.getElementById('max-tokens').value = 60")
     await page.type("#prompt", QUESTION)
     await page.press("Enter")
     about = "document.querySelector('li[data-role=assistant]:last-child .meta')"
     await page.until(f"{about}.textContent.includes('length')", SEEN_S_MAX)
     await page.click("li[data-role=assistant]:last-child .meta a")
     await page.until("document.querySelectorAll('.phase').length > 4", SEEN_S_MAX)
+    await page.value("scrollTo(0, 0)")
     await page.screenshot(out / "console.png")
     await page.look(1280, 860, scale=1, dark=True)
     (child,) = (child for child in local.children if child.name == "decode-1")
     assert child.process
     os.killpg(child.process.pid, signal.SIGKILL)
     await page.click("#tab-log")
-    await page.until("document.getElementById('happened').textContent.includes('decode-1 was restarted')", SEEN_S_MAX)
+    back = "document.querySelector('[data-worker=decode-1]')"
+    await page.until(f"{back}.dataset.died === 'yes' && {back}.dataset.state === 'ready'", SEEN_S_MAX)
+    await page.value("scrollTo(0, 0)")
     await page.screenshot(out / "console-dark.png")
-    await page.look(400, 860, scale=2, phone=True)
+    await page.look(400, 860, phone=True)
     await page.click("#tab-dead")
     await page.until("document.querySelector('#picture svg').clientWidth < 400", SEEN_S_MAX)
-    await page.screenshot(out / "console-phone.png")
+    await page.screenshot(out / "console-phone.png", whole=True)
     assert await page.said() == []
 
 

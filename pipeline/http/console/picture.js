@@ -43,7 +43,7 @@ function viewOf(state, model) {
     preprocess: of("preprocess"),
     decode: [...of("decode"), ...others],
     prefill: of("prefill"),
-    aside: of(...QUIET),
+    aside: of(...QUIET).map((worker) => ({ ...worker, slots: 0 })), // they take no share of a request
     requests: { ...queue("requests"), per_s: tasks(of("preprocess")) },
     work: { ...queue("decode"), per_s: tasks(of("decode")) },
     prompts: { ...queue("prefill"), per_s: tasks(of("prefill")) },
@@ -329,7 +329,9 @@ function mark(gone, x, y) {
 
 function slots(worker, x, y, width) {
   const label = worker.slots ? `${worker.in_flight}/${worker.slots}` : worker.in_flight ? count(worker.in_flight) : "";
-  const right = [label, (worker.tokens_per_s ?? 0) > 0 ? `${rate(worker.tokens_per_s)} tok/s` : (worker.tasks_per_s ?? 0) > 0 ? `${rate(worker.tasks_per_s)}/s` : ""].filter(Boolean).join(" · ");
+  const works = !["starting", "gone"].includes(worker.state); // else the rate is its predecessor's
+  const speed = !works ? "" : (worker.tokens_per_s ?? 0) > 0 ? `${rate(worker.tokens_per_s)} tok/s` : (worker.tasks_per_s ?? 0) > 0 ? `${rate(worker.tasks_per_s)}/s` : "";
+  const right = [label, speed].filter(Boolean).join(" · ");
   const parts = [svg("text", { class: "small", x: x + width, y: y + 9, "text-anchor": "end" }, right)];
   const room = width - 6.4 * right.length - 8;
   if (worker.slots && room > 24) parts.push(...cells(worker.in_flight, worker.slots, x, y + 1, room, 9));
