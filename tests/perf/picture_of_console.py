@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:tests/interop python tests/perf/picture_of_console.py [--out docs/images]
 
-Eight workers with simulated engines, prefill and decode apart, 20 users, and a chat in which a decode worker is killed.
+Eight workers with simulated engines, prefill and decode apart, 29 users, and a chat in which a decode worker is killed.
 The browser is this machine's Chromium or the one inside an npm package (tests/interop/browsing.py).
 """
 
@@ -27,7 +27,8 @@ from subjects.codec import encode
 from subjects.messages import DeadLetter
 
 MODEL = "smollm2"
-USERS = 20
+USERS = 29  # a few more than the decode workers have places, so that some wait
+PREFIX_TOKENS = 240  # a system prompt, which users share
 LOADED_S = 25.0
 START_S_MAX = 90.0
 SEEN_S_MAX = 30.0
@@ -58,10 +59,10 @@ gateway = { port = 0, console = true }
 """
 
 
-async def user(client: Client, draw: random.Random) -> None:
-    """Asks for ever."""
+async def user(client: Client, draw: random.Random, prefix: tuple[int, ...]) -> None:
+    """Asks for ever; each prompt begins with `prefix`."""
     while True:
-        tokens = tuple(draw.choices(range(3, 30_000), k=draw.randint(20, 500)))
+        tokens = prefix + tuple(draw.choices(range(3, 30_000), k=draw.randint(20, 500)))
         async for _ in client.generate(
             model=MODEL, prompt=tokens, max_tokens=draw.randint(20, 120), ignore_eos=True, stream=True
         ):
@@ -131,7 +132,8 @@ async def main(out: Path) -> None:
                 await bury(local.url)
                 draw = random.Random(7)
                 print(f"every worker is ready; {USERS} users ask for {LOADED_S:g} s", flush=True)
-                users = [asyncio.create_task(user(client, draw)) for _ in range(USERS)]
+                prefixes = [tuple(draw.choices(range(3, 30_000), k=PREFIX_TOKENS)) for _ in range(4)]
+                users = [asyncio.create_task(user(client, draw, draw.choice(prefixes))) for _ in range(USERS)]
                 try:
                     await pictures(local, page, out)
                 finally:
