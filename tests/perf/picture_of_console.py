@@ -28,7 +28,6 @@ from subjects.messages import DeadLetter
 
 MODEL = "smollm2"
 USERS = 29  # a few more than the decode workers have places, so that some wait
-PREFIX_TOKENS = 240  # a system prompt, which users share
 LOADED_S = 25.0
 START_S_MAX = 90.0
 SEEN_S_MAX = 30.0
@@ -59,10 +58,10 @@ gateway = { port = 0, console = true }
 """
 
 
-async def user(client: Client, draw: random.Random, prefix: tuple[int, ...]) -> None:
-    """Asks for ever; each prompt begins with `prefix`."""
+async def user(client: Client, draw: random.Random) -> None:
+    """Asks for ever."""
     while True:
-        tokens = prefix + tuple(draw.choices(range(3, 30_000), k=draw.randint(20, 500)))
+        tokens = tuple(draw.choices(range(3, 30_000), k=draw.randint(260, 740)))
         async for _ in client.generate(
             model=MODEL, prompt=tokens, max_tokens=draw.randint(20, 120), ignore_eos=True, stream=True
         ):
@@ -132,8 +131,7 @@ async def main(out: Path) -> None:
                 await bury(local.url)
                 draw = random.Random(7)
                 print(f"every worker is ready; {USERS} users ask for {LOADED_S:g} s", flush=True)
-                prefixes = [tuple(draw.choices(range(3, 30_000), k=PREFIX_TOKENS)) for _ in range(4)]
-                users = [asyncio.create_task(user(client, draw, draw.choice(prefixes))) for _ in range(USERS)]
+                users = [asyncio.create_task(user(client, draw)) for _ in range(USERS)]
                 try:
                     await pictures(local, page, out)
                 finally:
