@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Final
 
 import msgspec
@@ -29,7 +30,7 @@ WORKERS_MAX: Final = 250
 """Shown at most; those in trouble come first. A state of so many is about 100 KB."""
 MODELS_MAX: Final = 50
 GONE_S: Final = 60.0
-"""A worker that died is shown so long, even where nothing else remembers it."""
+"""A worker that died is shown so long, even where nothing else remembers it; that it was restarted, as long again."""
 GONE_MAX: Final = 256
 GONE: Final = "gone"
 
@@ -55,6 +56,7 @@ class WorkerNow(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_s: float | None = None
     silent_s: float = 0.0  # since its last heartbeat
     died_unix_s: float | None = None  # its last death, of the last `GONE_S`
+    restarted_unix_s: float | None = None  # its successor under the same name was first heard of
 
 
 class DepthNow(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,6 +92,19 @@ class Now(msgspec.Struct, frozen=True, kw_only=True):
     watched_s: float  # how far back rates, percentiles and errors reach
 
 
+@dataclass(frozen=True)
+class Death:
+    """A worker's death, and what became of its name. Times are of this gateway's clock."""
+
+    state: WorkerState  # the last that was known
+    died_unix_s: float
+    restarted_unix_s: float | None = None
+
+    @property
+    def latest_unix_s(self) -> float:
+        return self.restarted_unix_s or self.died_unix_s
+
+
 class Overview:
     """What is known of the pipeline, for viewers."""
 
@@ -99,7 +114,7 @@ class Overview:
         self._rates, self._reader = Rates(), QueueReader(bus)
         self._queues: Queues | None = None
         self._asked = False
-        self._gone: dict[tuple[str, str], tuple[WorkerState, float]] = {}  # with the time of death
+        self._gone: dict[tuple[str, str], Death] = {}  # by role and worker
         self._viewers, self._left_s = 0, 0.0
         self._latest: bytes | None = None
         self._changed, self._due = asyncio.Event(), asyncio.Event()
@@ -209,32 +224,42 @@ class Overview:
             if beat is None or (state.worker, beat.incarnation) != (worker, incarnation) or beat.draining:
                 continue
             self._gone.pop((state.role, worker), None)
-            self._gone[state.role, worker] = (state, time.time())
+            self._gone[state.role, worker] = Death(state, time.time())
             if len(self._gone) > GONE_MAX:
                 del self._gone[next(iter(self._gone))]
         self._due.set()
 
-    def _remembered(self) -> Mapping[tuple[str, str], tuple[WorkerState, float]]:
+    def _remembered(self) -> Mapping[tuple[str, str], Death]:
+        """The deaths of late; notes who is back under a name of the dead."""
         since_unix_s = time.time() - GONE_S
-        self._gone = {key: one for key, one in self._gone.items() if one[1] > since_unix_s}
+        for state in self._presence.workers():
+            death = self._gone.get((state.role, state.worker))
+            if death and death.restarted_unix_s is None and _succeeds(state, death.state):
+                self._gone[state.role, state.worker] = replace(death, restarted_unix_s=time.time())
+        self._gone = {key: death for key, death in self._gone.items() if death.latest_unix_s > since_unix_s}
         return self._gone
 
 
-def _drawn(
-    known: Iterable[WorkerState], died: Mapping[tuple[str, str], tuple[WorkerState, float]], rates: Rates
-) -> list[WorkerNow]:
+def _succeeds(state: WorkerState, dead: WorkerState) -> bool:
+    """Whether it is a new life; a worker that was only silent goes on with its old one."""
+    if state.heartbeat is None or dead.heartbeat is None or state.down:
+        return False
+    return state.heartbeat.incarnation != dead.heartbeat.incarnation
+
+
+def _drawn(known: Iterable[WorkerState], died: Mapping[tuple[str, str], Death], rates: Rates) -> list[WorkerNow]:
     """Those that are heard of, and those that have died and nobody knows any more."""
     drawn = []
     for state in known:
         if state.heartbeat is not None:
             death = died.get((state.role, state.worker))
-            drawn.append(_worker(state, death[1] if death else None, rates.speed_of(state.role, state.worker)))
+            drawn.append(_worker(state, death, rates.speed_of(state.role, state.worker)))
     there = {(box.role, box.worker) for box in drawn}
-    drawn += [_worker(state, unix_s, Speed()) for key, (state, unix_s) in died.items() if key not in there]
+    drawn += [_worker(death.state, death, Speed()) for key, death in died.items() if key not in there]
     return sorted(drawn, key=lambda box: (box.role, len(box.worker), box.worker))
 
 
-def _worker(state: WorkerState, died_unix_s: float | None, speed: Speed) -> WorkerNow:
+def _worker(state: WorkerState, death: Death | None, speed: Speed) -> WorkerNow:
     beat, word = state.heartbeat, state_word(state)
     assert beat is not None
     down = word == "silent"
@@ -254,7 +279,8 @@ def _worker(state: WorkerState, died_unix_s: float | None, speed: Speed) -> Work
         tasks_per_s=speed.tasks_per_s,
         tokens_per_s=speed.tokens_per_s,
         silent_s=round(state.age_s, 1),
-        died_unix_s=died_unix_s,
+        died_unix_s=death.died_unix_s if death else None,
+        restarted_unix_s=death.restarted_unix_s if death else None,
     )
 
 

@@ -132,4 +132,4 @@ def _install(folder: Path) -> None:
     except subprocess.TimeoutExpired:
         raise NoBrowser(f"npm did not bring one within {INSTALL_S_MAX:g} s") from None
     if done.returncode:
-        raise NoBrowser(f"npm brings none: {done.stderr[-500:]}")
+        raise NoBrowser(f"npm brings none: {done.stderr[:300]}")

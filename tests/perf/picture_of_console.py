@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:tests/interop python tests/perf/picture_of_console.py [--out docs/images]
 
-Eight workers with simulated engines, prefill and decode apart, 20 users, and a chat in which a decode worker is killed.
+Eight workers with simulated engines, prefill and decode apart, 29 users, and a chat in which a decode worker is killed.
 The browser is this machine's Chromium or the one inside an npm package (tests/interop/browsing.py).
 """
 
@@ -27,7 +27,7 @@ from subjects.codec import encode
 from subjects.messages import DeadLetter
 
 MODEL = "smollm2"
-USERS = 20
+USERS = 29  # a few more than the decode workers have places, so that some wait
 LOADED_S = 25.0
 START_S_MAX = 90.0
 SEEN_S_MAX = 30.0
@@ -61,7 +61,7 @@ gateway = { port = 0, console = true }
 async def user(client: Client, draw: random.Random) -> None:
     """Asks for ever."""
     while True:
-        tokens = tuple(draw.choices(range(3, 30_000), k=draw.randint(20, 500)))
+        tokens = tuple(draw.choices(range(3, 30_000), k=draw.randint(260, 740)))
         async for _ in client.generate(
             model=MODEL, prompt=tokens, max_tokens=draw.randint(20, 120), ignore_eos=True, stream=True
         ):
@@ -87,29 +87,32 @@ async def bury(url: str) -> None:
 
 async def pictures(local: LocalTopology, page: Page, out: Path) -> None:
     """Chat, kill the owner in the middle, and take the pictures on the way."""
-    await page.look(1280, 800, scale=1)
+    await page.look(1280, 860, scale=1)
     await page.goto(f"{local.gateway_addresses()[0]}/console")
     await page.until("document.getElementById('chat-model').value", SEEN_S_MAX)
     await asyncio.sleep(LOADED_S)
-    await page.value("document.getElementById('max-tokens').value = 160")
+    await page.value("document.getElementById('max-tokens').value = 60")
     await page.type("#prompt", QUESTION)
     await page.press("Enter")
     about = "document.querySelector('li[data-role=assistant]:last-child .meta')"
     await page.until(f"{about}.textContent.includes('length')", SEEN_S_MAX)
     await page.click("li[data-role=assistant]:last-child .meta a")
     await page.until("document.querySelectorAll('.phase').length > 4", SEEN_S_MAX)
+    await page.value("scrollTo(0, 0)")
     await page.screenshot(out / "console.png")
-    await page.look(1280, 800, scale=1, dark=True)
+    await page.look(1280, 860, scale=1, dark=True)
     (child,) = (child for child in local.children if child.name == "decode-1")
     assert child.process
     os.killpg(child.process.pid, signal.SIGKILL)
-    await page.until("document.querySelector('[data-worker=decode-1]').dataset.died === 'yes'", SEEN_S_MAX)
     await page.click("#tab-log")
+    back = "document.querySelector('[data-worker=decode-1]')"
+    await page.until(f"{back}.dataset.died === 'yes' && {back}.dataset.state === 'ready'", SEEN_S_MAX)
+    await page.value("scrollTo(0, 0)")
     await page.screenshot(out / "console-dark.png")
-    await page.look(390, 844, scale=2, phone=True)
+    await page.look(400, 860, phone=True)
     await page.click("#tab-dead")
-    await page.until("document.querySelector('#picture svg').clientWidth < 390", SEEN_S_MAX)
-    await page.screenshot(out / "console-phone.png")
+    await page.until("document.querySelector('#picture svg').clientWidth < 400", SEEN_S_MAX)
+    await page.screenshot(out / "console-phone.png", whole=True)
     assert await page.said() == []
 
 

@@ -55,9 +55,9 @@ class Served:
             lines = answer.aiter_lines()
             yield (json.loads(line.removeprefix("data: ")) async for line in lines if line)
 
-    async def beat(self, worker: str, role: str = "decode", **fields: Any) -> None:
+    async def beat(self, worker: str, role: str = "decode", incarnation: str = "i", **fields: Any) -> None:
         model = MODEL if role == "decode" else None
-        beat = Heartbeat(worker=worker, role=role, incarnation="i", model=model, slots=4, **fields)
+        beat = Heartbeat(worker=worker, role=role, incarnation=incarnation, model=model, slots=4, **fields)
         await self.bus.publish(names.HEARTBEAT.of(role=role, worker=worker), encode(beat))
 
 
@@ -195,8 +195,23 @@ async def test_viewers_share_a_state_and_a_silent_worker_is_gone_in_time(bus, mo
             await served.beat("p0", role="preprocess", ready=True)
             back = await until(one, lambda state: state["workers"][1]["state"] == "ready")
             assert back["workers"][1]["died_unix_s"] == pytest.approx(time.time(), abs=10), "that it died is still told"
+            assert back["workers"][1]["restarted_unix_s"] is None, "it was only silent: the same life goes on"
         async with served.states() as again:
             await until(again, lambda state: state["broker"])
+
+
+async def test_a_worker_whose_successor_comes_at_once_has_died_and_was_restarted(bus, monkeypatch):
+    async with console(bus) as served, served.states() as states:
+        await served.beat("d0", ready=True)
+        first = await until(states, lambda state: state["workers"])
+        assert (first["workers"][0]["died_unix_s"], first["workers"][0]["restarted_unix_s"]) == (None, None)
+        await served.beat("d0", incarnation="next", ready=True)
+        state = await until(states, lambda state: state["workers"][0]["restarted_unix_s"])
+        (worker,) = state["workers"]
+        assert worker["state"] == "ready"
+        assert worker["died_unix_s"] <= worker["restarted_unix_s"] <= time.time()
+        monkeypatch.setattr(overview, "GONE_S", 0.0)
+        await until(states, lambda state: state["workers"][0]["died_unix_s"] is None)
 
 
 async def test_rates_are_of_each_worker(bus):

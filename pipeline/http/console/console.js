@@ -140,13 +140,13 @@ function figures(state, model) {
   const failed = errors.reduce((sum, [, value]) => sum + value, 0);
   const two = (p50, p95) => [(p50 ?? null) === null ? "–" : seconds(p50), (p95 ?? null) === null ? "" : `p95 ${seconds(p95)}`];
   const tiles = [
-    ["Requests/s", rate(speed.requests_per_s), `of ${Math.round(state.watched_s)} s`, speed.requests_per_s],
+    ["Requests/s", rate(speed.requests_per_s), `last ${Math.round(state.watched_s)} s`, speed.requests_per_s],
     ["Tokens/s", rate(speed.tokens_per_s), "generated", speed.tokens_per_s],
     ["TTFT p50", ...two(speed.ttft_s_p50, speed.ttft_s_p95), speed.ttft_s_p50],
     ["ITL p50", ...two(speed.itl_s_p50, speed.itl_s_p95), speed.itl_s_p50],
     ["KV hit rate", share(speed.hit_rate), "of prompt tokens", speed.hit_rate],
     ["Leases", count(leased), leased ? `oldest ${seconds(oldest_s)}` : "tasks in work", leased],
-    ["Came again", count(speed.redeliveries), "redeliveries", null, speed.redeliveries >= 1 ? "warn" : ""],
+    ["Redeliveries", count(speed.redeliveries), "taken again", null, speed.redeliveries >= 1 ? "warn" : ""],
     ["Errors", count(failed), errors.map(([code, value]) => `${code} ${Math.round(value)}`).join(", ") || "none", null, failed ? "bad" : ""],
     ["Dead letters", count(state.dead_letters), "given up", null, state.dead_letters ? "bad" : ""],
   ];
@@ -161,14 +161,21 @@ function tile(name, value, about, figure, how) {
     history.set(name, values);
   }
   return el("div", { class: how || null },
-    el("dt", {}, name), el("dd", {}, value), el("dd", { class: "about", title: about }, about),
+    el("dt", {}, name), el("dd", {}, ...withUnit(value)), el("dd", { class: "about", title: about }, about),
     figure === null ? null : sparkline(values));
 }
 
+/** "18.3 ms" with its unit in small letters. */
+function withUnit(value) {
+  const [number, unit] = value.split(" ");
+  return unit ? [number, el("span", { class: "unit" }, ` ${unit}`)] : [number];
+}
+
+/** The latest value is at the right edge. */
 function sparkline(values) {
   const top = Math.max(1e-9, ...values.map((value) => value ?? 0));
   const points = values
-    .map((value, index) => (value === null ? null : `${(100 * index) / (HISTORY_MAX - 1)},${(15 - (13 * value) / top).toFixed(1)}`))
+    .map((value, index) => (value === null ? null : `${(100 * (HISTORY_MAX - values.length + index)) / (HISTORY_MAX - 1)},${(15 - (13 * value) / top).toFixed(1)}`))
     .filter(Boolean);
   return svg("svg", { class: "spark", viewBox: "0 0 100 16", preserveAspectRatio: "none", "aria-hidden": "true" },
     svg("polyline", { points: points.join(" ") }));
@@ -184,8 +191,10 @@ function note(state) {
     const known = before.get(name);
     const died = worker.died_unix_s && worker.died_unix_s !== known?.died_unix_s;
     if (died && before.size) lines.push([worker.died_unix_s, `${worker.worker} died: nothing was heard of it, or its successor came`, "gone"]);
+    const restarted = worker.restarted_unix_s && worker.restarted_unix_s !== known?.restarted_unix_s;
+    if (restarted && before.size) lines.push([worker.restarted_unix_s, `${worker.worker} was restarted (${worker.state})`, worker.state]);
     if (!known && before.size) lines.push([state.unix_s, `${worker.worker} came (${worker.state})`, worker.state]);
-    else if (known && known.state !== worker.state && worker.state !== "gone")
+    else if (known && known.state !== worker.state && worker.state !== "gone" && !restarted)
       lines.push([state.unix_s, `${worker.worker} is ${worker.state}${worker.wrong.length ? `: ${worker.wrong.join(", ")}` : ""}`, worker.state]);
   }
   for (const [name, worker] of before)

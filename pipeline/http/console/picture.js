@@ -7,11 +7,12 @@ const WIDE_PX = 780;
 const MARGIN = 6;
 const HEAD = 24;
 const GAP = 8;
-const ROW_PX = { engine: 62, plain: 44, small: 24 };
+const ROW_PX = { engine: 62, plain: 44, small: 26 };
 const SMALL_FROM = 6; // boxes in a column
 const BOXES_MAX = 16; // in a column
-const QUEUE = { width: 92, height: 64 };
-const DIED_SHOWN_S = 20; // a worker that is back is marked so long
+const QUEUE = { width: 122, height: 66 };
+const STRIP_PX = 46; // a queue's height where it lies across
+const RED_S = 10; // a death stays red so long, however soon its successor came
 const CELLS_MAX = 16; // a queue's or a worker's, drawn one by one
 const QUIET = new Set(["telemetry"]);
 
@@ -27,7 +28,9 @@ export function draw(place, state, model) {
 // --- what is drawn ---------------------------------------------------------------------------------------------------
 
 function viewOf(state, model) {
-  const mine = state.workers.filter((worker) => !model || !worker.model || worker.model === model);
+  const mine = state.workers
+    .filter((worker) => !model || !worker.model || worker.model === model)
+    .map((worker) => ({ ...worker, ...afterDeath(worker, state.unix_s) }));
   const of = (...roles) => mine.filter((worker) => roles.includes(worker.role));
   const main = new Set(["gateway", "preprocess", "decode", "prefill"]);
   const others = mine.filter((worker) => !main.has(worker.role) && !QUIET.has(worker.role));
@@ -40,7 +43,7 @@ function viewOf(state, model) {
     preprocess: of("preprocess"),
     decode: [...of("decode"), ...others],
     prefill: of("prefill"),
-    aside: of(...QUIET),
+    aside: of(...QUIET).map((worker) => ({ ...worker, slots: 0 })), // they take no share of a request
     requests: { ...queue("requests"), per_s: tasks(of("preprocess")) },
     work: { ...queue("decode"), per_s: tasks(of("decode")) },
     prompts: { ...queue("prefill"), per_s: tasks(of("prefill")) },
@@ -48,6 +51,15 @@ function viewOf(state, model) {
   };
   view.apart = view.prefill.length > 0 || view.prompts.waiting > 0;
   return view;
+}
+
+/** What is to be said of a worker that died of late and is back, and whether its death is fresh. */
+function afterDeath(worker, unix_s) {
+  if (!worker.died_unix_s || worker.state === "gone") return { note: "", red: false };
+  const ago = (then_unix_s) => `${Math.max(0, Math.round(unix_s - then_unix_s))} s ago`;
+  if (unix_s - worker.died_unix_s < RED_S) return { note: `died ${ago(worker.died_unix_s)}`, red: true };
+  const note = worker.restarted_unix_s ? `restarted ${ago(worker.restarted_unix_s)}` : `was silent ${ago(worker.died_unix_s)}`;
+  return { note, red: false };
 }
 
 const sum = (workers, field) => workers.reduce((total, worker) => total + (worker[field] ?? 0), 0);
@@ -86,7 +98,7 @@ function sideBySide(view, width) {
     { name: "Decode", workers: view.decode },
     ...(view.apart ? [{ name: "Prefill", workers: view.prefill }] : []),
   ];
-  const between = Math.max(136, Math.min(190, width * 0.125));
+  const between = Math.max(QUEUE.width + 44, Math.min(210, width * 0.14));
   const boxWidth = Math.min(250, (width - 2 * MARGIN - (columns.length - 1) * between) / columns.length);
   const used = columns.length * boxWidth + (columns.length - 1) * between;
   const heights = columns.map((column) => stackHeight(column.workers) + (column.clients ? 44 : 0));
@@ -116,7 +128,8 @@ function stackHeight(workers) {
 
 function rowHeight(workers) {
   if (workers.length > SMALL_FROM) return ROW_PX.small;
-  return workers.some((worker) => worker.kv_tokens > 0) ? ROW_PX.engine : ROW_PX.plain;
+  if (workers.some((worker) => worker.kv_tokens > 0)) return ROW_PX.engine;
+  return workers.some((worker) => worker.slots > 0 || worker.note) ? ROW_PX.plain : ROW_PX.small;
 }
 
 /** A column's head and boxes from `y` on; notes where edges end. */
@@ -136,12 +149,16 @@ function place(drawing, column, y) {
     column.ends.push(y + row / 2);
     y += row + GAP;
   }
-  if (workers.length > shown.length)
+  column.bottom = y - GAP;
+  if (workers.length > shown.length) {
     drawing.over.push(svg("text", { class: "faint", x: x + width / 2, y: y + 14, "text-anchor": "middle" }, `and ${workers.length - shown.length} more`));
+    column.bottom = y + 20;
+  }
   if (workers.length === 0 && !column.clients) {
     drawing.over.push(svg("rect", { class: "none", x, y, width, height: ROW_PX.plain, rx: 7 }));
     drawing.over.push(svg("text", { class: "faint", x: x + width / 2, y: y + 27, "text-anchor": "middle" }, "nobody is up"));
     column.ends.push(y + ROW_PX.plain / 2);
+    column.bottom = y + ROW_PX.plain;
   }
 }
 
@@ -166,21 +183,24 @@ function link(drawing, left, right, queue, middle, back) {
   const from = left.x + left.width;
   const to = right.x;
   const x = (from + to - QUEUE.width) / 2;
-  const y = middle - (back ? 14 : 0);
+  const y = middle - (back ? 24 : 0);
   const flows = queue.per_s > 0 ? "edge flows" : "edge";
+  const tip = queue.per_s > 0 ? "url(#arrow)" : "url(#arrow-still)";
   for (const end of left.ends) drawing.under.push(curve(from, end, x, y, flows));
-  for (const end of right.ends) drawing.under.push(curve(x + QUEUE.width, y, to, end, flows));
+  for (const end of right.ends) drawing.under.push(curve(x + QUEUE.width, y, to - 2, end, flows, tip));
   drawing.over.push(queueBox(queue, x, y - QUEUE.height / 2));
-  drawing.over.push(svg("text", { class: "rate", x: (from + to) / 2, y: y - QUEUE.height / 2 - 8, "text-anchor": "middle" }, `${rate(queue.per_s)}/s`));
+  const above = y - QUEUE.height / 2 - 8;
+  drawing.over.push(svg("text", { class: "rate", x: (from + to) / 2, y: above, "text-anchor": "middle" },
+    svg("tspan", { class: "small" }, `${queue.name} · `), `${rate(queue.per_s)}/s`));
   if (!back) return;
-  const low = y + QUEUE.height / 2 + 20;
-  drawing.under.push(svg("path", { class: "kv", d: `M${to - 2} ${low}H${from + 7}`, "marker-end": "url(#arrow-kv)" }));
-  drawing.over.push(svg("text", { class: "rate", x: (from + to) / 2, y: low + 15, "text-anchor": "middle" }, "KV pages"));
+  const low = y + QUEUE.height / 2 + 13;
+  drawing.under.push(svg("path", { class: queue.per_s > 0 ? "kv" : "kv idle", d: `M${to} ${low}H${from + 3}`, "marker-end": "url(#arrow-kv)" }));
+  drawing.over.push(svg("text", { class: "rate", x: (from + to) / 2, y: low + 16, "text-anchor": "middle" }, "KV pages"));
 }
 
-function curve(x1, y1, x2, y2, how) {
+function curve(x1, y1, x2, y2, how, tip) {
   const bend = (x2 - x1) / 2;
-  return svg("path", { class: how, d: `M${x1} ${y1}C${x1 + bend} ${y1} ${x2 - bend} ${y2} ${x2} ${y2}` });
+  return svg("path", { class: how, "marker-end": tip, d: `M${x1} ${y1}C${x1 + bend} ${y1} ${x2 - bend} ${y2} ${x2} ${y2}` });
 }
 
 /** The answers' way back, below everything: frames go from decode to whoever asked. */
@@ -190,9 +210,9 @@ function answers(drawing, columns, tokens_per_s, y) {
   const from = decode.x + decode.width / 2;
   const to = first.x + first.width / 2;
   const flows = tokens_per_s > 0 ? "edge flows" : "edge";
-  const start = Math.max(...decode.ends) + 34;
-  const end = Math.max(...first.ends) + 26;
-  drawing.under.push(svg("path", { class: flows, d: `M${from} ${Math.min(start, y - 8)}V${y - 8}Q${from} ${y} ${from - 8} ${y}H${to + 8}Q${to} ${y} ${to} ${y - 8}V${Math.min(end, y - 9)}`, "marker-end": "url(#arrow)" }));
+  const start = decode.bottom + 3;
+  const end = first.bottom + 4;
+  drawing.under.push(svg("path", { class: flows, d: `M${from} ${Math.min(start, y - 8)}V${y - 8}Q${from} ${y} ${from - 8} ${y}H${to + 8}Q${to} ${y} ${to} ${y - 8}V${Math.min(end, y - 9)}`, "marker-end": tokens_per_s > 0 ? "url(#arrow)" : "url(#arrow-still)" }));
   drawing.over.push(svg("text", { class: "rate", x: (from + to) / 2, y: y - 6, "text-anchor": "middle" }, `answers: ${rate(tokens_per_s)} tokens/s`));
 }
 
@@ -225,12 +245,10 @@ function topToBottom(view, width) {
 }
 
 function across(drawing, queue, width, y) {
-  const x = (width - QUEUE.width) / 2;
-  const flows = queue.per_s > 0 ? "edge flows" : "edge";
-  drawing.under.push(svg("path", { class: flows, d: `M${width / 2} ${y}V${y + QUEUE.height + 30}`, "marker-end": "url(#arrow)" }));
-  drawing.over.push(queueBox(queue, x, y + 12));
-  drawing.over.push(svg("text", { class: "rate", x: x + QUEUE.width + 10, y: y + 12 + QUEUE.height / 2 }, `${rate(queue.per_s)}/s`));
-  return y + QUEUE.height + 40;
+  const how = queue.per_s > 0 ? { class: "edge flows", "marker-end": "url(#arrow)" } : { class: "edge", "marker-end": "url(#arrow-still)" };
+  drawing.under.push(svg("path", { ...how, d: `M${width / 2} ${y - GAP}V${y + STRIP_PX + 22}` }));
+  drawing.over.push(queueStrip(queue, MARGIN, y + 6, width - 2 * MARGIN));
+  return y + STRIP_PX + 26;
 }
 
 function grid(drawing, stage, width, y) {
@@ -251,32 +269,56 @@ function grid(drawing, stage, width, y) {
 // --- boxes -----------------------------------------------------------------------------------------------------------
 
 function canvas(view, width, height, drawing) {
-  const arrow = (id, how) => svg("marker", { id, class: how, viewBox: "0 0 8 8", refX: 6, refY: 4, markerWidth: 8, markerHeight: 8, orient: "auto-start-reverse" },
+  const arrow = (id, how) => svg("marker", { id, class: how, viewBox: "0 0 8 8", refX: 6, refY: 4, markerWidth: 9, markerHeight: 9, markerUnits: "userSpaceOnUse", orient: "auto-start-reverse" },
     svg("path", { d: "M0 0.5L7 4L0 7.5Z" }));
   return svg("svg", { role: "img", "aria-label": describe(view), viewBox: `0 0 ${width} ${height}`, width, height },
-    svg("defs", {}, arrow("arrow", "tip"), arrow("arrow-kv", "tip kv")), ...drawing.under, ...drawing.over);
+    svg("defs", {}, arrow("arrow", "tip"), arrow("arrow-still", "tip still"), arrow("arrow-kv", "tip kv")), ...drawing.under, ...drawing.over);
 }
 
-function wordOf(worker, died) {
-  if (worker.state === "gone") return worker.silent_s < 3600 && worker.silent_s > 0 ? `gone ${Math.round(worker.silent_s)} s` : "gone";
-  return died ? `died; ${worker.state}` : worker.state;
+function wordOf(worker) {
+  if (worker.state !== "gone") return worker.state;
+  return worker.silent_s < 3600 && worker.silent_s > 0 ? `gone ${Math.round(worker.silent_s)} s` : "gone";
+}
+
+/** All of it, for whoever points at the box. */
+function titleOf(worker) {
+  const wrong = worker.wrong.length ? ` (${worker.wrong.join(", ")})` : "";
+  return [`${worker.worker}: ${wordOf(worker)}${wrong}`, worker.note, worker.engine].filter(Boolean).join(", ");
 }
 
 function box(worker, x, y, width, height) {
-  const died = worker.died_unix_s && Date.now() / 1e3 - worker.died_unix_s < DIED_SHOWN_S;
   const small = height === ROW_PX.small;
-  const word = wordOf(worker, died);
-  const chars = Math.floor((width - 30 - 6.2 * word.length) / 6.9);
+  const word = small && worker.note ? worker.note : wordOf(worker);
+  const chars = Math.floor((width - 34 - 6.2 * word.length) / 6.9);
+  const name = cut(worker.worker, Math.max(5, chars));
+  const line = y + (small ? 17 : 18);
   const parts = [
-    svg("title", {}, `${worker.worker}: ${word}${worker.wrong.length ? ` (${worker.wrong.join(", ")})` : ""}${worker.engine ? `, ${worker.engine}` : ""}`),
+    svg("title", {}, titleOf(worker)),
     svg("rect", { class: "body", x, y, width, height, rx: small ? 5 : 7 }),
-    mark(worker.state === "gone", x + 12, y + (small ? 12 : 14)),
-    svg("text", { class: "name", x: x + 22, y: y + (small ? 16 : 18) }, cut(worker.worker, Math.max(5, chars))),
-    svg("text", { class: "word", x: x + width - 9, y: y + (small ? 16 : 18), "text-anchor": "end" }, word),
+    mark(worker.state === "gone" || worker.red, x + 12, line - 4),
+    svg("text", { class: "name", x: x + 22, y: line }, name),
+    svg("text", { class: small && worker.note ? "note" : "word", x: x + width - 9, y: line, "text-anchor": "end" }, word),
   ];
-  if (!small) parts.push(...slots(worker, x + 10, y + 25, width - 20));
-  if (height === ROW_PX.engine && worker.kv_tokens > 0) parts.push(...kv(worker, x + 10, y + 43, width - 20));
-  return svg("g", { class: "worker", "data-worker": worker.worker, "data-role": worker.role, "data-state": worker.state, "data-died": died ? "yes" : null, "data-in-flight": worker.in_flight }, ...parts);
+  if (small) parts.push(...load(worker, x + 30 + 8.2 * name.length, line - 6, width - 46 - 8.2 * name.length - 6.4 * word.length));
+  else parts.push(...rows(worker, x + 10, y, width - 20, height));
+  return svg("g", { class: "worker", "data-worker": worker.worker, "data-role": worker.role, "data-state": worker.state, "data-died": worker.red || worker.state === "gone" ? "yes" : null, "data-in-flight": worker.in_flight }, ...parts);
+}
+
+/** Below its name: places, then KV; the last line says what befell it. */
+function rows(worker, x, y, width, height) {
+  const engine = height === ROW_PX.engine;
+  if (!engine && worker.note) return [svg("text", { class: "note", x, y: y + 34 }, worker.note)];
+  const parts = slots(worker, x, y + 25, width);
+  if (engine && worker.kv_tokens > 0) parts.push(...kv(worker, x, y + 43, width));
+  else if (worker.note) parts.push(svg("text", { class: "note", x, y: y + 52 }, worker.note));
+  return parts;
+}
+
+/** A worker's places as a bar on its only line. */
+function load(worker, x, y, room) {
+  if (!worker.slots || worker.state === "gone" || room < 20) return [];
+  const width = Math.min(70, room);
+  return bar(worker.in_flight / worker.slots, x + room - width, y, width, 5, "fill");
 }
 
 /** A dot, or a cross for who is gone: the state is never told by colour alone. */
@@ -286,8 +328,10 @@ function mark(gone, x, y) {
 }
 
 function slots(worker, x, y, width) {
-  const label = worker.slots ? `${worker.in_flight}/${worker.slots}` : worker.role === "gateway" || !worker.in_flight ? "" : count(worker.in_flight);
-  const right = [label, (worker.tokens_per_s ?? 0) > 0 ? `${rate(worker.tokens_per_s)} tok/s` : (worker.tasks_per_s ?? 0) > 0 ? `${rate(worker.tasks_per_s)}/s` : ""].filter(Boolean).join(" · ");
+  const label = worker.slots ? `${worker.in_flight}/${worker.slots}` : worker.in_flight ? count(worker.in_flight) : "";
+  const works = !["starting", "gone"].includes(worker.state); // else the rate is its predecessor's
+  const speed = !works ? "" : (worker.tokens_per_s ?? 0) > 0 ? `${rate(worker.tokens_per_s)} tok/s` : (worker.tasks_per_s ?? 0) > 0 ? `${rate(worker.tasks_per_s)}/s` : "";
+  const right = [label, speed].filter(Boolean).join(" · ");
   const parts = [svg("text", { class: "small", x: x + width, y: y + 9, "text-anchor": "end" }, right)];
   const room = width - 6.4 * right.length - 8;
   if (worker.slots && room > 24) parts.push(...cells(worker.in_flight, worker.slots, x, y + 1, room, 9));
@@ -314,34 +358,68 @@ function kv(worker, x, y, width) {
   const label = `KV ${share(part)}`;
   return [
     svg("text", { class: "small", x: x + width, y: y + 9, "text-anchor": "end" }, label),
-    ...bar(part, x, y + 3, width - 58, 5, part > 0.9 ? "fill full" : part > 0.7 ? "fill high" : "fill"),
+    ...(worker.note
+      ? [svg("text", { class: "note", x, y: y + 9 }, worker.note)]
+      : bar(part, x, y + 3, width - 58, 5, part > 0.9 ? "fill full" : part > 0.7 ? "fill high" : "fill")),
   ];
 }
 
+/** What the last line of a queue says: what is in work, and for how long the oldest of it. */
+function leasedOf(queue) {
+  if (!queue.known) return "not known";
+  if (queue.paused) return "paused";
+  return queue.leased ? `${count(queue.leased)} leased · ${seconds(queue.oldest_s)}` : "none leased";
+}
+
+function queueGroup(queue, ...parts) {
+  return svg("g", { class: "queue", "data-queue": queue.name, "data-waiting": queue.waiting, "data-busy": queue.waiting > 0 ? "yes" : null, "data-paused": queue.paused ? "yes" : null },
+    svg("title", {}, `queue ${queue.name}: ${queue.waiting} waiting, ${queue.leased} leased, oldest ${seconds(queue.oldest_s)}`), ...parts);
+}
+
+/** What waits, one by one; the next to be taken on the right. */
+function ticks(queue, x, y, width) {
+  const shown = Math.min(queue.waiting, CELLS_MAX);
+  const step = width / CELLS_MAX;
+  return Array.from({ length: CELLS_MAX }, (_, index) =>
+    svg("rect", { class: index >= CELLS_MAX - shown ? "cell used" : "cell", x: x + index * step, y, width: step - 2, height: 8, rx: 1 }));
+}
+
+const waitingOf = (queue) => [
+  svg("tspan", { class: "depth" }, queue.known ? count(queue.waiting) : "–"), svg("tspan", { class: "small", dx: 4 }, "waiting")];
+
 function queueBox(queue, x, y) {
   const middle = x + QUEUE.width / 2;
-  const busy = queue.waiting > 0;
-  const shown = Math.min(queue.waiting, CELLS_MAX);
-  const ticks = Array.from({ length: CELLS_MAX }, (_, index) =>
-    svg("rect", { class: index >= CELLS_MAX - shown ? "cell used" : "cell", x: x + 10 + index * 4.5, y: y + 36, width: 3, height: 8, rx: 1 }));
-  const below = queue.paused ? "paused" : queue.leased || busy ? `${count(queue.leased)} leased · ${seconds(queue.oldest_s)}` : "empty";
-  return svg("g", { class: "queue", "data-queue": queue.name, "data-waiting": queue.waiting, "data-busy": busy ? "yes" : null, "data-paused": queue.paused ? "yes" : null },
-    svg("title", {}, `queue ${queue.name}: ${queue.waiting} waiting, ${queue.leased} leased, oldest ${seconds(queue.oldest_s)}`),
+  return queueGroup(queue,
     svg("rect", { class: "body", x, y, width: QUEUE.width, height: QUEUE.height, rx: 9 }),
-    svg("text", { class: "depth", x: middle, y: y + 20, "text-anchor": "middle" }, queue.known ? count(queue.waiting) : "–"),
-    svg("text", { class: "small", x: middle, y: y + 31, "text-anchor": "middle" }, "waiting"),
-    ...ticks,
-    svg("text", { class: "small", x: middle, y: y + 57, "text-anchor": "middle" }, queue.known ? below : "not known"));
+    svg("text", { x: middle, y: y + 23, "text-anchor": "middle" }, ...waitingOf(queue)),
+    ...ticks(queue, x + 11, y + 32, QUEUE.width - 20),
+    svg("text", { class: "small", x: middle, y: y + 56, "text-anchor": "middle" }, leasedOf(queue)));
+}
+
+/** The same on two lines, as wide as the picture. */
+function queueStrip(queue, x, y, width) {
+  return queueGroup(queue,
+    svg("rect", { class: "body", x, y, width, height: STRIP_PX, rx: 9 }),
+    svg("text", { x: x + 11, y: y + 20 }, ...waitingOf(queue), svg("tspan", { class: "small", dx: 3 }, `· ${queue.name}`)),
+    svg("text", { x: x + width - 11, y: y + 20, "text-anchor": "end" }, `${rate(queue.per_s)}/s`),
+    ...ticks(queue, x + 11, y + 29, Math.max(60, width - 160)),
+    svg("text", { class: "small", x: x + width - 11, y: y + 37, "text-anchor": "end" }, leasedOf(queue)));
 }
 
 // --- the same in words -----------------------------------------------------------------------------------------------
+
+/** As in "ready, restarted 12 s ago" and "unhealthy: stuck". */
+function stateOf(worker, unix_s) {
+  const said = worker.wrong.length ? `${worker.state}: ${worker.wrong.join(", ")}` : worker.state;
+  return [said, afterDeath(worker, unix_s).note].filter(Boolean).join(", ");
+}
 
 export function tableRows(state, model) {
   const heads = ["Worker", "Role", "Model", "State", "In flight", "Running", "Waiting", "KV tokens", "Tasks/s", "Tokens/s", "Engine"];
   const mine = state.workers.filter((worker) => !model || !worker.model || worker.model === model);
   const rows = mine.map((worker) => el("tr", { "data-state": worker.state },
     el("th", { scope: "row" }, worker.worker), el("td", {}, worker.role), el("td", {}, worker.model ?? "–"),
-    el("td", { class: "state" }, worker.wrong.length ? `${worker.state}: ${worker.wrong.join(", ")}` : worker.state),
+    el("td", { class: "state" }, stateOf(worker, state.unix_s)),
     el("td", {}, worker.slots ? `${worker.in_flight}/${worker.slots}` : count(worker.in_flight)),
     el("td", {}, count(worker.running)), el("td", {}, count(worker.waiting)),
     el("td", {}, worker.kv_tokens ? `${count(worker.kv_tokens_used)}/${count(worker.kv_tokens)}` : "–"),

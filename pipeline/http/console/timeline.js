@@ -63,7 +63,7 @@ function bars(found) {
   const width = Math.max(300, Math.floor(byId("timeline-shown").clientWidth));
   const zero = Math.min(...found.phases.map((phase) => phase.begin_unix_s));
   const end = Math.max(zero + 1e-4, ...found.phases.map((phase) => phase.end_unix_s ?? found.now_unix_s));
-  const left = Math.min(190, 0.36 * width);
+  const left = Math.min(228, 0.36 * width);
   const scale = (width - left - 70) / (end - zero);
   const rows = found.phases.map((phase, index) => {
     const begin = left + (phase.begin_unix_s - zero) * scale;

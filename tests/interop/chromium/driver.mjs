@@ -2,19 +2,35 @@
 //
 //   node driver.mjs [EXECUTABLE]      without one: the Chromium inside @sparticuz/chromium, unpacked into $TMPDIR
 
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { createInterface } from "node:readline";
-import chromium from "@sparticuz/chromium";
+import { fileURLToPath } from "node:url";
+import chromium, { inflate } from "@sparticuz/chromium";
 import puppeteer from "puppeteer-core";
 
 const POLL_MS = 25;
 const FLAGS = ["--no-sandbox", "--disable-gpu", "--no-zygote", "--hide-scrollbars", "--font-render-hinting=none"];
 
-chromium.setGraphicsMode = false;
-const browser = await puppeteer.launch({
-  executablePath: process.argv[2] ?? (await chromium.executablePath()),
-  headless: "shell",
-  args: FLAGS,
-});
+const LIBRARIES = new URL("../bin/al2023.tar.br", import.meta.resolve("@sparticuz/chromium"));
+
+async function launched() {
+  chromium.setGraphicsMode = false;
+  const executablePath = process.argv[2] ?? (await chromium.executablePath());
+  const launch = (env) => puppeteer.launch({ executablePath, headless: "shell", args: FLAGS, env });
+  try {
+    return await launch(process.env);
+  } catch (error) {
+    if (process.argv[2] || !String(error).includes("loading shared libraries")) throw error;
+    // A bare machine has no NSS: the package brings the libraries, and unpacks them by itself on Amazon's machines only.
+    // They come last, so that what the machine has is its own.
+    await inflate(fileURLToPath(LIBRARIES));
+    const paths = [process.env.LD_LIBRARY_PATH, join(tmpdir(), "al2023", "lib")].filter(Boolean);
+    return launch({ ...process.env, LD_LIBRARY_PATH: paths.join(":") });
+  }
+}
+
+const browser = await launched();
 const page = await browser.newPage();
 const said = []; // what the page's console and its errors said
 page.on("console", (message) => ["error", "warn"].includes(message.type()) && said.push(message.text()));
