@@ -45,6 +45,11 @@ from subjects.messages import StoredResponse
 CANCEL_S_MAX: Final = 5.0
 """So long a cancellation is waited for before the response is told as it stands."""
 FAILED: Final = "failed"
+ABSENT: Final = {
+    "compact": "conversations are not compacted here; send those messages that are to be kept",
+    "input_tokens": "tokens are not counted apart here; every answer's usage has its input's",
+}
+"""Paths below /v1/responses that OpenAI has, and what to do instead."""
 
 log = structlog.get_logger()
 
@@ -59,6 +64,7 @@ class ResponseRoutes:
     def routes(self) -> list[Route]:
         return [
             Route("/v1/responses", self.create, methods=["POST"]),
+            *(Route(f"/v1/responses/{name}", self.absent, methods=["POST"]) for name in ABSENT),
             Route("/v1/responses/{response_id}", self.retrieve),
             Route("/v1/responses/{response_id}", self.delete, methods=["DELETE"]),
             Route("/v1/responses/{response_id}/cancel", self.cancel, methods=["POST"]),
@@ -77,7 +83,7 @@ class ResponseRoutes:
             model=asked.model,
             created_unix_s=time.time(),
             deadline_unix_s=asked.deadline_unix_s,
-            settings=wanted.settings(),
+            settings=wanted.settings(passed, self._gateway.sampling(asked.model)),
             messages=tuple(messages),
         )
         visit = visits.current()
@@ -99,6 +105,11 @@ class ResponseRoutes:
         exchange = Exchange(account.client.resume(stored.request_id), lambda _: account.end())
         told = ResponseEvents(stored, int(text))
         return await ended_on_error(exchange, self._streamed(request, exchange, told))
+
+    async def absent(self, request: Request) -> Response:
+        """A path of OpenAI's that is not served: without a route of its own it would be a response's id, and a 405."""
+        await self._account(request)
+        raise NotFound(f"{request.method} {request.url.path}: {ABSENT[request.url.path.rpartition('/')[2]]}")
 
     async def delete(self, request: Request) -> Response:
         account = await self._account(request)
