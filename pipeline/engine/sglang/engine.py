@@ -461,7 +461,7 @@ class _Sampling:
         )
 
     def stated(self, preferred: Mapping[str, Any]) -> dict[str, float]:
-        """For the card; `preferred` is SGLang's setting preferred_sampling_params, which gives way to the model's own."""
+        """For the card; `preferred` is SGLang's preferred_sampling_params, which give way to the model's own."""
         known = {**preferred, **self.model}
         return {name: float(known[name]) for name in ("temperature", "top_p") if name in known}
 
