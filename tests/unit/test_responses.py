@@ -29,12 +29,39 @@ FRAMES = [
 ]
 USAGE = Usage(prompt_tokens=3, completion_tokens=5, cached_tokens=2)
 END = Frame(request_id="r", index=4, attempt=2, token_ids=TokenIds.of([5]), text="z", finish_reason="stop", usage=USAGE)
-REQUIRED = set(
-    "id object created_at completed_at status incomplete_details model previous_response_id instructions output error "
-    "tools tool_choice truncation parallel_tool_calls text top_p presence_penalty frequency_penalty top_logprobs "
-    "temperature reasoning usage max_output_tokens max_tool_calls store background service_tier metadata "
-    "safety_identifier prompt_cache_key".split()
-)
+REQUIRED = {
+    "id",
+    "object",
+    "created_at",
+    "completed_at",
+    "status",
+    "incomplete_details",
+    "model",
+    "previous_response_id",
+    "instructions",
+    "output",
+    "error",
+    "tools",
+    "tool_choice",
+    "truncation",
+    "parallel_tool_calls",
+    "text",
+    "top_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "top_logprobs",
+    "temperature",
+    "reasoning",
+    "usage",
+    "max_output_tokens",
+    "max_tool_calls",
+    "store",
+    "background",
+    "service_tier",
+    "metadata",
+    "safety_identifier",
+    "prompt_cache_key",
+}
 """Of a response, in the Open Responses specification."""
 NAMES = (
     "created in_progress output_item.added content_part.added output_text.delta output_text.delta output_text.delta "
