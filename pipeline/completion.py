@@ -83,7 +83,7 @@ class Completion:
 
 def _message(progress: Progress) -> dict[str, Any]:
     """A choice as the assistant's message. As OpenAI has it, the content is null where there are but tool calls."""
-    message: dict[str, Any] = {"role": "assistant", "content": progress.text}
+    message: dict[str, Any] = {"role": "assistant", "content": progress.text, "refusal": None, "annotations": []}
     if progress.reasoning:
         message["reasoning_content"] = progress.reasoning
     if progress.tool_calls:

@@ -186,6 +186,7 @@ class Worker:
             tp_size=info.tp_size,
             reasoning_parser=info.reasoning_parser,
             tool_call_parser=info.tool_call_parser,
+            sampling=dict(info.sampling),
             embedding=info.embedding,
             served_name=self.settings.model if self.settings.model != self.model else None,
             tokenizer_files=tokenizer_files,

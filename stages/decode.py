@@ -182,10 +182,11 @@ class _Steps:
         return frame
 
     def _timed(self, last: EngineOutput) -> Timing:
+        timing = replace(self._timing, ended_unix_s=time.time())
         if (prefilled := last.prefilled) is None:
-            return self._timing
+            return timing
         return replace(
-            self._timing,
+            timing,
             prefill_worker=prefilled.worker,
             prefill_claimed_unix_s=prefilled.claimed_unix_s,
             kv_landed_unix_s=prefilled.kv_landed_unix_s,

@@ -406,6 +406,7 @@ class Timing(Message, frozen=True, kw_only=True):
     prefill_worker: str | None = None
     prefill_claimed_unix_s: float | None = None
     kv_landed_unix_s: float | None = None
+    ended_unix_s: float | None = None  # the last frame was made
 
 
 class Frame(Message, frozen=True, kw_only=True):
@@ -545,6 +546,7 @@ class ModelCard(Message, frozen=True, kw_only=True):
     chat_template: str | None = None  # overrides the tokenizer's own
     embedding: Embedding | None = None  # of an embedding worker
     served_name: str | None = None  # as the operator gave it, where that is no subject token: `Qwen/Qwen3-0.6B`
+    sampling: dict[str, float] = {}  # the model's own temperature and top_p, where a request gives none; OpenAI's: 1
     tokenizer_files: dict[str, str] = {}  # file name to SHA-256 in hex, its name in the bucket SGLANG_TOKENIZERS
     started_unix_s: float = 0.0
 

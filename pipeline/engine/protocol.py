@@ -132,6 +132,9 @@ class EngineInfo:
     tp_size: int = 1
     reasoning_parser: str | None = None
     tool_call_parser: str | None = None
+    sampling: Mapping[str, float] = field(
+        default_factory=dict
+    )  # the model's own temperature and top_p, where it has any
     embedding: Embedding | None = None  # of an engine that embeds, and then generates nothing
     tokenizer_path: str | None = None  # the folder or hub name that its tokenizer is of; None: the settings' model path
     tokenizer_revision: str | None = None  # at the hub

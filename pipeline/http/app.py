@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -138,6 +138,11 @@ class Gateway:
         else:
             answer = _whole(request, exchange, asked)
         return await ended_on_error(exchange, answer)
+
+    def sampling(self, model: str) -> Mapping[str, float]:
+        """A model's own temperature and top_p, of those that it has."""
+        cards = [state.card for state in self._presence.workers() if state.registered and state.card is not None]
+        return next((card.sampling for card in cards if card.model == names.token(model)), {})
 
     def begun(self, account: Account, asked: Asked, traceparent: str | None) -> Exchange:
         """A request on its way, counted in by the account: whatever ends the exchange early cancels it."""

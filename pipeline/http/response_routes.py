@@ -8,6 +8,7 @@ import msgspec
 import structlog
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from pipeline.bus import Bucket, Bus
 from pipeline.config import GatewaySettings
@@ -27,7 +28,7 @@ from pipeline.http.asked import Asked, parse_body
 from pipeline.http.bodies import REQUEST_ID, json_response, read_body
 from pipeline.http.exchange import EventStream, Exchange, events, first_frames, while_there
 from pipeline.http.openapi import described
-from pipeline.http.openapi.operations import Documented
+from pipeline.http.openapi.operations import Documented, Undocumented
 from pipeline.http.pages import read_json
 from pipeline.http.responses import (
     ID_PREFIX,
@@ -46,6 +47,11 @@ from subjects.messages import StoredResponse
 CANCEL_S_MAX: Final = 5.0
 """So long a cancellation is waited for before the response is told as it stands."""
 FAILED: Final = "failed"
+ABSENT: Final = {
+    "compact": "conversations are not compacted here; send those messages that are to be kept",
+    "input_tokens": "tokens are not counted apart here; every answer's usage has its input's",
+}
+"""Paths below /v1/responses that OpenAI has, and what to do instead."""
 
 log = structlog.get_logger()
 
@@ -57,9 +63,10 @@ class ResponseRoutes:
         self._gateway, self._accounts, self._settings = gateway, accounts, settings
         self._bus, self._kept = bus, kept
 
-    def routes(self) -> list[Documented]:
+    def routes(self) -> list[Route]:
         return [
             Documented("/v1/responses", self.create, described.RESPOND, methods=["POST"]),
+            *(Undocumented(f"/v1/responses/{name}", self.absent, methods=["POST"]) for name in ABSENT),
             Documented("/v1/responses/{response_id}", self.retrieve, described.RESPONSE),
             Documented("/v1/responses/{response_id}", self.delete, described.DELETE_RESPONSE, methods=["DELETE"]),
             Documented("/v1/responses/{response_id}/cancel", self.cancel, described.CANCEL_RESPONSE, methods=["POST"]),
@@ -78,7 +85,7 @@ class ResponseRoutes:
             model=asked.model,
             created_unix_s=time.time(),
             deadline_unix_s=asked.deadline_unix_s,
-            settings=wanted.settings(),
+            settings=wanted.settings(passed, self._gateway.sampling(asked.model)),
             messages=tuple(messages),
         )
         visit = visits.current()
@@ -98,6 +105,11 @@ class ResponseRoutes:
         exchange = Exchange(account.client.resume(stored.request_id), lambda _: account.end())
         told = ResponseEvents(stored, after)
         return await ended_on_error(exchange, self._streamed(request, exchange, told))
+
+    async def absent(self, request: Request) -> Response:
+        """A path of OpenAI's that is not served: without a route of its own it would be a response's id, and a 405."""
+        await self._account(request)
+        raise NotFound(f"{request.method} {request.url.path}: {ABSENT[request.url.path.rpartition('/')[2]]}")
 
     async def delete(self, request: Request) -> Response:
         account = await self._account(request)

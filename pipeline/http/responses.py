@@ -5,7 +5,7 @@ five more for the end. So any gateway that reads the log numbers the events as t
 names the last number it has goes on behind it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal
 
 import msgspec
@@ -32,9 +32,11 @@ PASSED: Final = frozenset(
         "no_stop_trim",
         "presence_penalty",
         "priority",
+        "prompt_cache_key",
         "regex",
         "repetition_penalty",
         "request_id",
+        "safety_identifier",
         "seed",
         "session",
         "skip_special_tokens",
@@ -100,8 +102,8 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         """Whether it can be retrieved and gone on from."""
         return self.store is not False
 
-    def settings(self) -> dict[str, Any]:
-        """The fields that the answer repeats."""
+    def settings(self, passed: Mapping[str, Any], sampling: Mapping[str, float]) -> dict[str, Any]:
+        """The fields that the answer repeats; `passed` has some of them, `sampling` the model's own."""
         form = msgspec.to_builtins(self.text.format) if self.text and self.text.format else {"type": "text"}
         return {
             "instructions": self.instructions,
@@ -110,14 +112,21 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             "parallel_tool_calls": self.parallel_tool_calls is not False,
             "previous_response_id": self.previous_response_id,
             "store": self.kept,
-            "temperature": self.temperature,
+            "temperature": sampling.get("temperature", 1.0) if self.temperature is None else self.temperature,
             "text": {"format": form},
             "tool_choice": self.tool_choice or "auto",
             "tools": [],
             "top_logprobs": self.top_logprobs or 0,
-            "top_p": self.top_p,
+            "top_p": sampling.get("top_p", 1.0) if self.top_p is None else self.top_p,
             "truncation": "disabled",
             "background": False,
+            "frequency_penalty": passed.get("frequency_penalty") or 0.0,
+            "max_tool_calls": None,
+            "presence_penalty": passed.get("presence_penalty") or 0.0,
+            "prompt_cache_key": passed.get("prompt_cache_key"),
+            "reasoning": {"effort": None, "summary": None},
+            "safety_identifier": passed.get("safety_identifier"),
+            "service_tier": "default",
         }
 
 
@@ -257,7 +266,12 @@ class Answer:
         end = self._progress.end
         usage = end.usage if end else None
         return response_body(
-            self.stored, self.status, [self.item()] if self.text or usage else [], usage=usage, failure=self.failure
+            self.stored,
+            self.status,
+            [self.item()] if self.text or usage else [],
+            usage=usage,
+            failure=self.failure,
+            ended_unix_s=end.timing.ended_unix_s if end and end.timing else None,
         )
 
 
@@ -268,6 +282,7 @@ def response_body(
     *,
     usage: Usage | None = None,
     failure: Failure | None = None,
+    ended_unix_s: float | None = None,
 ) -> dict[str, Any]:
     """A response as OpenAI's API gives it."""
     error = {"code": "server_error", "message": failure.message} if failure and status == "failed" else None
@@ -275,6 +290,7 @@ def response_body(
         "id": f"{ID_PREFIX}{stored.request_id}",
         "object": "response",
         "created_at": int(stored.created_unix_s),
+        "completed_at": int(ended_unix_s) if ended_unix_s and status == "completed" else None,
         "status": status,
         "error": error,
         "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,

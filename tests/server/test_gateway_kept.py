@@ -297,6 +297,8 @@ async def test_a_response_that_is_not_stored_is_not_there(serving: Serving):
     for wrong in ("resp_", "resp_a.b", "nothing"):
         with pytest.raises(openai.NotFoundError):
             await serving.openai().responses.retrieve(wrong)
+    with pytest.raises(openai.NotFoundError, match="not compacted here"):
+        await serving.openai().post("/responses/compact", body={}, cast_to=object)
 
 
 async def test_a_response_is_cancelled_from_another_gateway(serving: Serving):

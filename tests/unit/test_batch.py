@@ -110,7 +110,7 @@ def test_frames_make_one_body(chat: bool):
     second = body["choices"][1]
     assert second["finish_reason"] == "length"
     if chat:
-        assert second["message"] == {"role": "assistant", "content": " é7 é8"}
+        assert second["message"] == {"role": "assistant", "content": " é7 é8", "refusal": None, "annotations": []}
         assert [position["token"] for position in second["logprobs"]["content"]] == [" é7", " é8"]
         assert second["logprobs"]["content"][0]["bytes"] == list(" é7".encode())
     else:

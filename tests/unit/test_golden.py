@@ -63,6 +63,7 @@ TIMING: Final = m.Timing(
     prefill_worker="prefill-0",
     prefill_claimed_unix_s=1789999991.125,
     kv_landed_unix_s=1789999991.375,
+    ended_unix_s=1789999991.75,
 )
 TEXT: Final = m.TextContent(text="What is the capital of France? 北京 🧑‍🚀")
 CALL: Final = m.ToolCall(id="call_1", function=m.CalledFunction(name="weather", arguments='{"city": "北京"}'), index=0)
@@ -297,6 +298,7 @@ RELEASES: Final[dict[str, tuple[msgspec.Struct, ...]]] = {
             reasoning_parser="gpt-oss",
             tool_call_parser="gpt-oss",
             chat_template="{{ messages }}",
+            sampling={"temperature": 0.6, "top_p": 0.95},
             embedding=EMBEDDING,
             served_name="meta/decode.1",
             tokenizer_files={"tokenizer.json": "ab" * 32},

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from pipeline.errors import Cancelled, InvalidRequest
 from pipeline.http.responses import (
@@ -14,7 +15,7 @@ from pipeline.http.responses import (
     parse_request,
 )
 from subjects.codec import TokenIds
-from subjects.messages import Frame, PositionLogprobs, StoredResponse, TokenLogprob, Usage
+from subjects.messages import Frame, PositionLogprobs, StoredResponse, Timing, TokenLogprob, Usage
 
 STORED = StoredResponse(
     request_id="r", model="m", created_unix_s=7.5, deadline_unix_s=9.0, settings={"store": True, "top_p": 0.5}
@@ -28,6 +29,40 @@ FRAMES = [
 ]
 USAGE = Usage(prompt_tokens=3, completion_tokens=5, cached_tokens=2)
 END = Frame(request_id="r", index=4, attempt=2, token_ids=TokenIds.of([5]), text="z", finish_reason="stop", usage=USAGE)
+REQUIRED = {
+    "id",
+    "object",
+    "created_at",
+    "completed_at",
+    "status",
+    "incomplete_details",
+    "model",
+    "previous_response_id",
+    "instructions",
+    "output",
+    "error",
+    "tools",
+    "tool_choice",
+    "truncation",
+    "parallel_tool_calls",
+    "text",
+    "top_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "top_logprobs",
+    "temperature",
+    "reasoning",
+    "usage",
+    "max_output_tokens",
+    "max_tool_calls",
+    "store",
+    "background",
+    "service_tier",
+    "metadata",
+    "safety_identifier",
+    "prompt_cache_key",
+}
+"""Of a response, in the Open Responses specification."""
 NAMES = (
     "created in_progress output_item.added content_part.added output_text.delta output_text.delta output_text.delta "
 )
@@ -95,6 +130,25 @@ def test_a_failure_is_raised_and_told_as_the_last_event():
     body = json.loads(data.removeprefix("data: "))
     assert (name, body["sequence_number"]) == ("event: response.failed", 6)
     assert (body["response"]["status"], body["response"]["output"][0]["status"]) == ("cancelled", "incomplete")
+
+
+def test_a_body_has_every_field_that_openai_requires_with_what_was_used():
+    asked, passed = parse_request(
+        {"model": "m", "input": "hi", "top_p": 0.25, "presence_penalty": 0.5, "prompt_cache_key": "k"}
+    )
+    stored = replace(STORED, settings=asked.settings(passed, {"temperature": 0.6, "top_p": 0.95}))
+    timed = replace(END, timing=Timing(started_unix_s=8.0, ended_unix_s=9.5))
+    answer = Answer(stored)
+    for frame in (*FRAMES, timed):
+        answer.add(frame)
+    body = answer.body()
+    assert (body["temperature"], body["top_p"], body["presence_penalty"]) == (0.6, 0.25, 0.5)
+    assert body["prompt_cache_key"] == chat_fields(asked, passed, [])["prompt_cache_key"] == "k"
+    assert body["completed_at"] == 9
+    assert body.keys() >= REQUIRED
+    (*_, incomplete) = told(replace(timed, index=0, finish_reason="length"))
+    assert incomplete["response"]["completed_at"] is None
+    assert asked.settings({}, {})["temperature"] == 1.0
 
 
 def test_a_request_becomes_one_for_a_chat():

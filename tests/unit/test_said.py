@@ -144,6 +144,8 @@ async def test_the_gateways_chunks_make_the_message():
     assert choice["message"] == {
         "role": "assistant",
         "content": CONTENT,
+        "refusal": None,
+        "annotations": [],
         "reasoning_content": THOUGHT,
         "tool_calls": [call],
     }

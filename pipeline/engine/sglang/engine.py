@@ -427,6 +427,7 @@ class SglangEngine:
             tp_size=state["tp_size"],
             reasoning_parser=self._parsers.reasoning if self._parsers else None,
             tool_call_parser=self._parsers.tool_call if self._parsers else None,
+            sampling=self._sampling.stated(self._manager.preferred_sampling_params or {}),
             embedding=self._embedding() if self._embeds else None,
             tokenizer_path=state["tokenizer_path"],
             tokenizer_revision=state["revision"],
@@ -458,6 +459,11 @@ class _Sampling:
             on_cpu=state["device"] == "cpu",
             deterministic=state["enable_deterministic_inference"],
         )
+
+    def stated(self, preferred: Mapping[str, Any]) -> dict[str, float]:
+        """For the card; `preferred` is SGLang's preferred_sampling_params, which give way to the model's own."""
+        known = {**preferred, **self.model}
+        return {name: float(known[name]) for name in ("temperature", "top_p") if name in known}
 
     def defaults(self, wanted: SamplingOptions) -> dict[str, Any]:
         """What a request leaves open. Raises InvalidRequest for what SGLang would drop in silence or die of."""

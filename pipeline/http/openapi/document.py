@@ -11,7 +11,7 @@ from starlette.routing import BaseRoute
 from pipeline.errors import PipelineError, Unauthorized
 from pipeline.http.bodies import REQUEST_ID
 from pipeline.http.openapi import answers, bodies
-from pipeline.http.openapi.operations import EVENTS, JSON, Documented, DocumentedMount, Operation, Schema
+from pipeline.http.openapi.operations import EVENTS, JSON, Documented, DocumentedMount, Operation, Schema, Undocumented
 
 OPENAPI: Final = "3.1.0"
 ABOUT: Final = (
@@ -66,7 +66,7 @@ def _operations(routes: Iterable[BaseRoute]) -> Iterator[tuple[str, list[Schema]
             variables = [_variable(name) for name in _VARIABLE.findall(route.path)]
             for method in sorted((route.methods or set()) - {"HEAD"}):
                 yield _VARIABLE.sub(r"{\1}", route.path), variables, method.lower(), route.operation
-        else:
+        elif not isinstance(route, Undocumented):
             raise TypeError(f"{route} is in no document")
 
 

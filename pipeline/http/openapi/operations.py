@@ -53,6 +53,10 @@ class Documented(Route):
         self.operation = operation
 
 
+class Undocumented(Route):
+    """A route that only says why nothing is there: in no document."""
+
+
 class DocumentedMount(Mount):
     """A folder of the document: GET of any path below it."""
 
