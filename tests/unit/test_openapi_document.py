@@ -343,10 +343,9 @@ def test_every_event_of_a_stream_is_as_the_document_has_it(chat: bool):
 
 @pytest.mark.parametrize("failed", [False, True])
 def test_every_event_of_a_response_is_as_the_document_has_it(failed: bool):
-    asked, _ = parse_request({"model": "m", "input": "hi"})
-    stored = StoredResponse(
-        request_id="r", model="m", created_unix_s=1.0, deadline_unix_s=2.0, settings=asked.settings()
-    )
+    asked, passed = parse_request({"model": "m", "input": "hi"})
+    settings = asked.settings(passed, {})
+    stored = StoredResponse(request_id="r", model="m", created_unix_s=1.0, deadline_unix_s=2.0, settings=settings)
     events = ResponseEvents(stored)
     told = events.event(Frame(request_id="r", token_ids=TokenIds.of([1]), text="a", logprobs=(POSITION,)))
     if failed:

@@ -333,10 +333,16 @@ class ResponseText(TypedDict):
     format: dict[str, Any]
 
 
+class ResponseReasoning(TypedDict):
+    effort: None
+    summary: None
+
+
 class Response(TypedDict):
     id: str
     object: Literal["response"]
     created_at: int
+    completed_at: int | None
     status: Literal["in_progress", "completed", "incomplete", "failed", "cancelled"]
     error: ResponseError | None
     incomplete_details: IncompleteDetails | None
@@ -349,14 +355,21 @@ class Response(TypedDict):
     parallel_tool_calls: bool
     previous_response_id: str | None
     store: bool
-    temperature: float | None
+    temperature: float
     text: ResponseText
     tool_choice: Literal["auto", "none"]
     tools: list[Any]
     top_logprobs: int
-    top_p: float | None
+    top_p: float
     truncation: Literal["disabled"]
     background: bool
+    frequency_penalty: float
+    max_tool_calls: int | None
+    presence_penalty: float
+    prompt_cache_key: str | None
+    reasoning: ResponseReasoning
+    safety_identifier: str | None
+    service_tier: Literal["default"]
 
 
 class DeletedResponse(TypedDict):
