@@ -283,7 +283,7 @@ async def test_letters_are_listed_shown_run_again_and_dropped(bus):
         for headers in ({}, {"Content-Type": "text/plain"}, JSON | {"Origin": "http://other"}):
             refused = await served.http.post("/api/dead/1/retry", headers=headers, content="{}")
             assert refused.status_code in (400, 403)
-        assert (await served.http.get("/api/dead/1/retry")).status_code == 404, "a link does nothing"
+        assert (await served.http.get("/api/dead/1/retry")).status_code == 405, "a link does nothing"
         again = await served.http.post("/api/dead/1/retry", headers=JSON | {"Origin": served.url}, content="{}")
         assert again.json() == {"client": "c", "request_id": "r-retry-1"}
         (asked,) = [stored async for stored in bus.read(streams.REQUESTS.name, names.REQUESTS.any())]
