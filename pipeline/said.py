@@ -5,7 +5,7 @@ parser makes of that, the client has: as many characters of each kind are droppe
 goes on in the middle of a thought or of a call's arguments, without a gap or a repeat.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from msgspec.structs import replace
 
@@ -62,8 +62,10 @@ class Said:
         return replace(delta, id=delta.id if named else None, name=delta.name if named else None, arguments=arguments)
 
 
-def joined(parts: Iterable[Parsed]) -> Parsed:
+def joined(parts: Sequence[Parsed]) -> Parsed:
     """Many pieces as one, each tool call in one delta."""
+    if len(parts) == 1 and not parts[0].tool_calls:
+        return parts[0]
     text, reasoning, calls = "", "", dict[int, ToolCallDelta]()
     for part in parts:
         text += part.text

@@ -5,6 +5,7 @@ The stage's module offers `async def serve(worker: Worker) -> None` under the en
 """
 
 import asyncio
+import gc
 import signal
 import time
 import uuid
@@ -216,10 +217,17 @@ class Worker:
         if self._engine_watch is not None and self._engine_watch.verdict is not None:
             await self._runner.pause(ENGINE)
         await self._runner.pull(*consumers, slots=slots, others=others)
-        self.ready = True
+        self.set_ready()
         log.info("worker_ready", worker=self.name, stage=stage.name, model=self.settings.model)
         await self.until_drained()
         await self._runner.drain()
+
+    def set_ready(self) -> None:
+        """Take work from now on. What is loaded by now stays, so no garbage collection looks at it any more: one over all
+        that SGLang and its libraries make stops a process for about a second."""
+        gc.collect()
+        gc.freeze()
+        self.ready = True
 
     async def until_drained(self) -> None:
         """Wait until the worker is told to stop taking work."""

@@ -41,7 +41,7 @@ async def serve(worker: Worker) -> None:
         worker.works_without_tasks(lambda: visits.in_progress)
         async with serving(visits, listener), working(runner):
             log.info("gateway_served", worker=worker.name, url=url_of(listener))
-            worker.ready = True
+            worker.set_ready()
             await worker.until_drained()
 
 

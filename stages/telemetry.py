@@ -255,7 +255,7 @@ async def serve(worker: Worker) -> None:
     except OSError as error:
         raise ConfigError(f"/metrics cannot listen on {host}:{port}: {error.strerror}", field="metrics_port") from None
     log.info("metrics_served", worker=worker.name, url=page.url)
-    worker.ready = True
+    worker.set_ready()
     try:
         async with asyncio.TaskGroup() as group:
             refreshing = group.create_task(

@@ -63,7 +63,7 @@ class Subject:
 
     def of(self, **parts: str) -> str:
         """The full subject. Every part is made a safe token; a missing part is our bug."""
-        return _PART.sub(lambda match: token(parts[match[1]]), self.template)
+        return self.template.format_map({name: token(part) for name, part in parts.items()})
 
     def any(self, **parts: str) -> str:
         """The wildcard subject: parts not given become `*`."""

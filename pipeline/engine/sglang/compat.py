@@ -41,6 +41,7 @@ SYMBOLS: Final = (
     Symbol(_ENGINE, "run_data_parallel_controller_process"),
     Symbol(_ENGINE, "set_prometheus_multiproc_dir", ()),
     Symbol(_MANAGER, "TokenizerManager.generate_request", ("self", "obj", "request")),
+    Symbol(_MANAGER, "TokenizerManager.freeze_gc", ("self",)),
     Symbol(_MANAGER, "TokenizerManager.auto_create_handle_loop", ("self",)),
     Symbol(_MANAGER, "TokenizerManager.handle_loop", ("self",)),
     Symbol(_MANAGER, "TokenizerManager.get_loads", ("self",)),

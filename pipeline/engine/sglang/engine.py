@@ -198,16 +198,20 @@ class SglangEngine:
         return self._parsers.reading(request)
 
     async def warm_up(self) -> None:
-        """Prefill one prompt: SGLang's kernels compile and its pools are touched at the first.
+        """Prefill one prompt: SGLang's kernels compile and its pools are touched at the first. Then keep the garbage
+        collector of each of SGLang's processes off what was loaded.
 
         A decode engine alone has nothing to prefill, and a prefill engine hands the KV to nobody (SGLang's fake peer).
         Raises EngineDied, and EngineStartError where it takes too long.
         """
+        mode = self._handshake.role if self._handshake else None
+        if mode != "decode":
+            await self._prefill_once(mode)
+        await self._manager.freeze_gc()
+
+    async def _prefill_once(self, mode: str | None) -> None:
         from sglang.srt.managers.io_struct import GenerateReqInput
 
-        mode = self._handshake.role if self._handshake else None
-        if mode == "decode":
-            return
         prompt = [self._first_token] * WARM_UP_TOKENS
         given = GenerateReqInput(
             input_ids=prompt,
