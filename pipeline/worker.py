@@ -223,8 +223,11 @@ class Worker:
         await self._runner.drain()
 
     def set_ready(self) -> None:
-        """Take work from now on. What is loaded by now stays, so no garbage collection looks at it any more: one over all
-        that SGLang and its libraries make stops a process for about a second."""
+        """Take work from now on.
+
+        What is loaded by now stays, so no garbage collection looks at it any more: one over all that SGLang and its
+        libraries make stops a process for about a second.
+        """
         gc.collect()
         gc.freeze()
         self.ready = True

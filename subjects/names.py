@@ -7,9 +7,12 @@ subscribing and `parse()` reads the parts back.
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Final
 
 TOKEN_CHARS_MAX: Final = 64
+TOKENS_KEPT_MAX: Final = 1024
+"""Tokens that are remembered: those of a request's client and id stand in the subject of each of its frames."""
 ANONYMOUS_CLIENT: Final = "anonymous"
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_-]")
 INBOX_CHARS_MAX: Final = 128
@@ -26,6 +29,7 @@ class Kind(StrEnum):
     SERVICE = "core request / reply"
 
 
+@lru_cache(TOKENS_KEPT_MAX)
 def token(name: str) -> str:
     """A name made safe as one subject token: other characters than `[A-Za-z0-9_-]` become `-`.
 

@@ -8,15 +8,13 @@ import asyncio
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
-from run import AT_ONCE, ENGINE, NEW_TOKENS, PROMPT_TOKENS, START_S_MAX, prompts
+from run import AT_ONCE, ENGINE, NEW_TOKENS, START_S_MAX, Clock, load
 
 URL: Final = "http://127.0.0.1:31999"
 
@@ -41,42 +39,20 @@ async def until_healthy(session: aiohttp.ClientSession) -> None:
 async def ask(session: aiohttp.ClientSession, prompt: list[int]) -> dict[str, Any]:
     sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
     body = {"input_ids": prompt, "sampling_params": sampling, "stream": True}
-    began, first, count = time.perf_counter(), None, 0
+    clock, tokens = Clock(), []
     async with session.post(f"{URL}/generate", json=body) as answer:
         async for line in answer.content:
             if line.startswith(b"data: {"):
-                first = first or time.perf_counter()
-                count = json.loads(line[6:])["meta_info"]["completion_tokens"]
-    assert first is not None, "the server answered without a token"
-    ended = time.perf_counter()
-    return {"tokens": count, "ttft_ms": 1e3 * (first - began), "e2e_ms": 1e3 * (ended - began)}
-
-
-async def load(session: aiohttp.ClientSession, at_once: int, seed: int) -> dict[str, Any]:
-    gate = asyncio.Semaphore(at_once)
-
-    async def one(prompt: list[int]) -> dict[str, Any]:
-        async with gate:
-            return await ask(session, prompt)
-
-    await asyncio.gather(*(one(prompt) for prompt in prompts(at_once, PROMPT_TOKENS, seed)))
-    began = time.perf_counter()
-    answers = await asyncio.gather(*(one(prompt) for prompt in prompts(4 * at_once, PROMPT_TOKENS, seed + 1)))
-    took_s = time.perf_counter() - began
-    return {
-        "at_once": at_once,
-        "requests": len(answers),
-        "tokens_per_s": round(sum(answer["tokens"] for answer in answers) / took_s, 1),
-        "ttft_ms_p50": round(statistics.median(answer["ttft_ms"] for answer in answers), 2),
-        "e2e_ms_p50": round(statistics.median(answer["e2e_ms"] for answer in answers), 2),
-    }
+                clock.tick()
+                tokens = json.loads(line[6:])["output_ids"]
+    return {"tokens": tokens, "error": None if tokens else "answered without a token"} | clock.figures()
 
 
 async def measure() -> list[dict[str, Any]]:
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=600)) as session:
         await until_healthy(session)
-        return [await load(session, at_once, 1000 + at_once) for at_once in AT_ONCE]
+        return [await load(lambda prompt: ask(session, prompt), at_once, 1000 + at_once) for at_once in AT_ONCE]
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -87,41 +89,60 @@ def reference(folder: Path) -> list[list[int]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+class Clock:
+    """When a stream's pieces came, in ms since it was asked for."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._ticks: list[float] = []
+
+    def tick(self) -> None:
+        self._ticks.append(1e3 * (time.perf_counter() - self._began))
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "ttft_ms": round(self._ticks[0], 2) if self._ticks else None,
+            "e2e_ms": round(1e3 * (time.perf_counter() - self._began), 2),
+            "gaps_ms": [later - earlier for earlier, later in pairwise(self._ticks)],
+        }
+
+
 async def ask(client: Client, prompt: list[int], new_tokens: int) -> dict[str, Any]:
-    """One greedy request: its tokens, TTFT and whole time in ms, and its error if it had one."""
-    began, first, tokens, error = time.perf_counter(), None, [], None
+    """One greedy request: its tokens, its error if it had one, and when its frames came."""
+    clock, tokens, error = Clock(), [], None
     async for frame in client.generate(
         model=MODEL, prompt=tuple(prompt), temperature=0.0, max_tokens=new_tokens, ignore_eos=True
     ):
-        if frame.token_ids and first is None:
-            first = time.perf_counter()
+        if frame.token_ids:
+            clock.tick()
         tokens += frame.token_ids.tolist()
         error = frame.error.message if frame.error else error
-    ended = time.perf_counter()
-    ttft_ms = None if first is None else round(1e3 * (first - began), 2)
-    return {"tokens": tokens, "ttft_ms": ttft_ms, "e2e_ms": round(1e3 * (ended - began), 2), "error": error}
+    return {"tokens": tokens, "error": error} | clock.figures()
 
 
-async def load(client: Client, at_once: int, seed: int) -> dict[str, Any]:
-    """A closed loop of `at_once` requests, four rounds' worth after one that is not counted."""
+async def load(ask_one: Callable[[list[int]], Awaitable[dict[str, Any]]], at_once: int, seed: int) -> dict[str, Any]:
+    """A closed loop of `at_once` requests, four rounds' worth and at least 16, after a round that is not counted."""
     gate = asyncio.Semaphore(at_once)
 
     async def one(prompt: list[int]) -> dict[str, Any]:
         async with gate:
-            return await ask(client, prompt, NEW_TOKENS)
+            return await ask_one(prompt)
 
     await asyncio.gather(*(one(prompt) for prompt in prompts(at_once, PROMPT_TOKENS, seed)))
     began = time.perf_counter()
-    answers = await asyncio.gather(*(one(prompt) for prompt in prompts(4 * at_once, PROMPT_TOKENS, seed + 1)))
+    answers = await asyncio.gather(*(one(prompt) for prompt in prompts(max(16, 4 * at_once), PROMPT_TOKENS, seed + 1)))
     took_s = time.perf_counter() - began
-    ttfts = [answer["ttft_ms"] for answer in answers if answer["ttft_ms"] is not None]
+    gaps = sorted(gap for answer in answers for gap in answer["gaps_ms"])
     return {
         "at_once": at_once,
         "requests": len(answers),
         "failed": sum(answer["error"] is not None for answer in answers),
         "tokens_per_s": round(sum(len(answer["tokens"]) for answer in answers) / took_s, 1),
-        "ttft_ms_p50": statistics.median(ttfts),
+        "ttft_ms_p50": statistics.median(answer["ttft_ms"] for answer in answers if answer["ttft_ms"] is not None),
         "e2e_ms_p50": statistics.median(answer["e2e_ms"] for answer in answers),
+        "frames": len(answers) + len(gaps),
+        "gap_ms_p50": round(statistics.median(gaps), 2),
+        "gap_ms_p99": round(gaps[len(gaps) * 99 // 100], 2),
     }
 
 
@@ -193,7 +214,10 @@ async def measure(folder: Path, wanted: list[list[int]], *, disaggregated: bool,
                 result["errors"] = [answer["error"] for answer in got if answer["error"]]
                 equal = sum(answer["tokens"] == want for answer, want in zip(got, wanted, strict=True))
                 result["equal_to_engine_generate"] = f"{equal} of {len(wanted)}"
-                result["load"] = [await load(client, at_once, 1000 + at_once) for at_once in AT_ONCE]
+                result["load"] = [
+                    await load(lambda prompt: ask(client, prompt, NEW_TOKENS), at_once, 1000 + at_once)
+                    for at_once in AT_ONCE
+                ]
                 if disaggregated:
                     result["transfers"] = await transfers(client, local.url)
                 if kill:
